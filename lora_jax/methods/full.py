@@ -1,0 +1,25 @@
+"""Train the parameter itself."""
+
+from __future__ import annotations
+
+import jax
+
+from lora_jax.method import Arrays, Method
+
+
+def full() -> Method:
+    """Full fine-tuning of a parameter, of any shape and role: `w' = w`, with `w` trained.
+
+    Over biases it is BitFit; over norms and heads it is what PEFT calls `modules_to_save`.
+
+    >>> full()
+    full()
+    """
+
+    def init(key: jax.Array, w: jax.Array) -> tuple[Arrays, Arrays]:
+        return {}, {"w": w}
+
+    def weight(frozen: Arrays, trained: Arrays) -> jax.Array:
+        return trained["w"]
+
+    return Method("full", init, weight, anywhere=True)
