@@ -188,7 +188,7 @@ def _attach(
 
 
 def _check(path: str, choice: Any, site: Site | None, sites: Sites) -> None:
-    methods = [choice] if isinstance(choice, Method) else list(choice)
+    methods = list(choice) if isinstance(choice, list | tuple) else [choice]
     for method in methods:
         if not isinstance(method, Method | None):
             raise InputError(
@@ -229,7 +229,7 @@ def _init(method: Method, site: Site) -> Any:
 def _attach_each(
     methods: Sequence[Method | None], site: Site, keys: jax.Array, w: jax.Array
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One method a layer. Layers with None hold a fresh, hence neutral, adapter on the frozen side."""
+    """One method a layer; layers with None keep a fresh, hence neutral, adapter in `frozen`."""
     lead = next(method for method in methods if method is not None)
     matrices = w.reshape(-1, *w.shape[-2:])
     pairs = [
@@ -261,7 +261,12 @@ def _stacked(layers: Sequence[dict[str, Any]], stack: tuple[int, ...]) -> dict[s
     def pad(*arrays: jax.Array) -> jax.Array:
         shape = [max(sizes) for sizes in zip(*(a.shape for a in arrays), strict=True)]
         padded = [
-            jnp.pad(a, [(0, n - m) for n, m in zip(shape, a.shape, strict=True)]) for a in arrays
+            jax.lax.pad(
+                a,
+                jnp.zeros((), a.dtype),
+                [(0, n - m, 0) for n, m in zip(shape, a.shape, strict=True)],
+            )
+            for a in arrays
         ]
         return jnp.stack(padded).reshape(*stack, *shape)
 

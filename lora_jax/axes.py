@@ -8,8 +8,9 @@ each product which axes of the parameter it contracts, whatever layout they have
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -168,7 +169,7 @@ def _split(atoms: list[Atom], shape: Sequence[int]) -> list[tuple[Atom, ...]] | 
     return out
 
 
-def _refined(*groups: Dims):
+def _refined(*groups: Dims) -> Callable[[tuple[Atom, ...]], list[Atom]]:
     """A function that cuts atoms at every boundary that any group has, dropping sizes of one."""
     cuts: dict[int, set[int]] = {}
     for atom in (atom for dims in groups for axis in dims for atom in axis):
@@ -179,7 +180,7 @@ def _refined(*groups: Dims):
         for atom in axis:
             end = atom.stride * atom.size
             marks = sorted(c for c in cuts[atom.axis] if atom.stride <= c <= end)
-            pairs = list(zip(marks, marks[1:], strict=False))
+            pairs = list(itertools.pairwise(marks))
             out += [Atom(atom.axis, low, high // low) for low, high in reversed(pairs)]
         return out
 

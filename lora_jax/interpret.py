@@ -2,8 +2,8 @@
 
 `interpret` evaluates a jaxpr in which some inputs are `Tracked`: a parameter together with what
 each axis of it holds and with the arrays that ride along (an adapter's factors). Layout changes
-carry a Tracked on, control flow takes it inside, and where it meets a product the `Handler` decides:
-`find_sites` notes the use, `factored` computes it.
+carry a Tracked on, control flow takes it inside, and where it meets a product the `Handler`
+decides: `find_sites` notes the use, `factored` computes it.
 """
 
 from __future__ import annotations
@@ -128,9 +128,13 @@ class Equation(NamedTuple):
         return run(self.jaxpr, self.eqn, values)
 
 
-def interpret(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], handler: Handler) -> list[Any]:
+def interpret(
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], handler: Handler
+) -> list[Any]:
     """Evaluate a jaxpr some of whose inputs are Tracked."""
-    env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    env: dict[Any, Any] = dict(
+        zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
+    )
 
     def read(var: Any) -> Any:
         return var.val if isinstance(var, jex.Literal) else env[var]
@@ -283,9 +287,7 @@ def _cond(at: Equation, handler: Handler) -> list[Any] | None:
 def _scan(at: Equation, handler: Handler) -> list[Any] | None:
     scan = scan_parts(at.eqn)
     starts = at.values[: scan.consts + scan.carry]
-    xs: list[Any] = [
-        x.leading() if isinstance(x, Tracked) else x for x in at.values[len(starts) :]
-    ]
+    xs: list[Any] = [x.leading() if isinstance(x, Tracked) else x for x in at.values[len(starts) :]]
     if any(x is None for x in xs) or not _carried_on(scan.body, scan.consts, starts):
         return None
     fixed = {i: value for i, value in enumerate(starts) if _stays(i, value, scan.consts)}
@@ -306,7 +308,11 @@ def _scan(at: Equation, handler: Handler) -> list[Any] | None:
 def _while(at: Equation, handler: Handler) -> list[Any] | None:
     params = at.eqn.params
     split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-    tests, consts, starts = at.values[: split[0]], at.values[split[0] : split[1]], at.values[split[1] :]
+    tests, consts, starts = (
+        at.values[: split[0]],
+        at.values[split[0] : split[1]],
+        at.values[split[1] :],
+    )
     shared = [*consts, *starts]
     if not _carried_on(params["body_jaxpr"], len(consts), shared):
         return None

@@ -85,7 +85,7 @@ class Product:
         return axes.regroup(y, (*stack, self.free, self.view.outs), self.out_dims)
 
     def transposed(self, apply: Callable[[Operand], jax.Array], array: jax.Array) -> jax.Array:
-        """`array @ w'.T` for a method's `apply(x) = x @ w'`, which is linear in x: its transpose."""
+        """`array @ w'.T`: the transpose of a method's `apply(x) = x @ w'`, which is linear in x."""
 
         def forward(z: jax.Array) -> jax.Array:
             return apply(Operand(z, self.narrow, z.dtype)).astype(array.dtype)

@@ -156,7 +156,9 @@ class _Recorder:
         """The one matrix view that all uses share; a lookup sets the direction, else the first."""
         found = list(self.uses[path].values())
         views = [_view(leaf.shape, use, tracked) for use, tracked in found]
-        lead = next((v for v, (use, _) in zip(views, found, strict=True) if use.kind == "lookup"), views[0])
+        lead = next(
+            (v for v, (use, _) in zip(views, found, strict=True) if use.kind == "lookup"), views[0]
+        )
         for view, (use, _) in zip(views, found, strict=True):
             if view != lead and view != flipped(lead):
                 raise InputError(

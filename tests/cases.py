@@ -112,7 +112,9 @@ def scanned_experts(key):
 
     def apply(params, x):
         def body(h, p):
-            return h + jnp.einsum("ecf,efd->ecd", jnp.einsum("ecd,edf->ecf", h, p["w"]), p["v"]), None
+            return h + jnp.einsum(
+                "ecf,efd->ecd", jnp.einsum("ecd,edf->ecf", h, p["w"]), p["v"]
+            ), None
 
         return jax.lax.scan(body, x, params)[0]
 
@@ -215,6 +217,8 @@ CASES = [
     Case("scanned_experts", scanned_experts),
     Case("loops", loops),
     Case("nnx_stack", nnx_stack, targets=r".*/(kernel|embedding)"),
-    Case("nnx_stack_remat", lambda key: nnx_stack(key, remat=True), targets=r".*/(kernel|embedding)"),
+    Case(
+        "nnx_stack_remat", lambda key: nnx_stack(key, remat=True), targets=r".*/(kernel|embedding)"
+    ),
     Case("linen_stack", linen_stack, targets=r".*/(kernel|embedding)"),
 ]

@@ -1,0 +1,42 @@
+"""The tiny Llama bases and adapters that peft 0.21.2 saved, for the tests of PEFT's format."""
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax as lj
+from lora_jax.models import load
+
+GOLDEN = Path(__file__).parent / "golden" / "peft"
+ADAPTERS = GOLDEN / "adapters"
+RECORDED = np.load(GOLDEN / "golden.npz")
+IDS = jnp.asarray(RECORDED["input_ids"], jnp.int32)
+
+
+def base_folder(folder, name="llama"):
+    """A Hugging Face folder of one of the bases."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(GOLDEN / "base" / f"{name}.config.json", folder / "config.json")
+    shutil.copy(GOLDEN / "base" / f"{name}.safetensors", folder / "model.safetensors")
+    return folder
+
+
+@functools.cache
+def base(name="llama", layers=None):
+    """(model, its sites), loaded once."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = load(base_folder(Path(folder), name), layers=layers)
+    return model, lj.find_sites(model.apply, model.params, IDS)
+
+
+def logits(model, frozen, trained):
+    return lj.factored(model.apply)(lj.bind(frozen, trained), IDS)
+
+
+def distance(x, y):
+    """Largest difference over the largest value."""
+    return float(np.abs(np.asarray(x) - np.asarray(y)).max() / np.abs(np.asarray(y)).max())
