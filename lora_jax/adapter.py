@@ -17,7 +17,8 @@ from lora_jax.method import Arrays, Method
 from lora_jax.sites import Site, Sites
 from lora_jax.tree import Rule
 
-Choice = Method | None | Sequence[Method | None]
+Chosen = Method | Sequence[Method | None]
+Choice = Chosen | None
 Trained = dict[str, dict[str, Any]]
 
 
@@ -165,7 +166,7 @@ def lifted(function: Any, depth: int) -> Any:
 
 
 def _attach(
-    key: jax.Array, path: str, leaf: Any, choice: Choice, sites: Sites
+    key: jax.Array, path: str, leaf: Any, choice: Chosen, sites: Sites
 ) -> tuple[Adapted, dict[str, Any]]:
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     site = sites.get(path)
