@@ -215,12 +215,23 @@ def _check_each(path: str, methods: list[Method | None], site: Site) -> None:
     present = [method for method in methods if method is not None]
     if not present:
         raise InputError(f"the rule for '{path}' lists no method at all; give None instead")
-    for method in present[1:]:
-        if method.anywhere or not method.same_forward(present[0]):
+    for method in present:
+        if method.anywhere:
+            raise InputError(
+                f"the rule for '{path}' gives {method!r} to single layers; give it to the whole "
+                "stack, or choose a method that adapts one matrix"
+            )
+        if not method.same_forward(present[0]) or _parts(method, site) != _parts(present[0], site):
             raise InputError(
                 f"the layers of '{path}' mix {present[0]!r} and {method!r}; one stack takes one "
                 "kind of method, whose layers differ in rank and alpha only"
             )
+
+
+def _parts(method: Method, site: Site) -> Any:
+    """The names of the arrays that a method freezes and trains."""
+    w = jax.ShapeDtypeStruct((site.d_in, site.d_out), site.dtype)
+    return jax.tree.structure(jax.eval_shape(_init(method, site), jax.random.key(0), w))
 
 
 def _init(method: Method, site: Site) -> Any:

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,3 +41,25 @@ def logits(model, frozen, trained):
 def distance(x, y):
     """Largest difference over the largest value."""
     return float(np.abs(np.asarray(x) - np.asarray(y)).max() / np.abs(np.asarray(y)).max())
+
+
+def params_and_sites(name="llama", layers=None):
+    """What `load_peft` wants of a base."""
+    model, sites = base(name, layers)
+    return model.params, sites
+
+
+def adapter(rules, name="llama", seed=0, size=0.1):
+    """An adapter with every trained array moved away from its start."""
+    model, sites = base(name)
+    frozen, trained = lj.attach(jax.random.key(seed), model.params, rules, sites)
+    leaves, structure = jax.tree.flatten(trained)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [x + size * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return frozen, jax.tree.unflatten(structure, moved)
+
+
+def same(x, y):
+    """Whether two trees are alike, bit for bit."""
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    return all(map(np.array_equal, jax.tree.leaves(x), jax.tree.leaves(y)))

@@ -139,6 +139,8 @@ def test_layers_of_one_stack_may_differ_in_rank_alpha_and_presence(model):
         ({"layers/up": [METHOD]}, "lists 1 methods, but its stack has 3 layers"),
         ({"layers/up": [None] * 3}, "lists no method at all"),
         ({"layers/up": [METHOD, lj.dora(), None]}, "one kind of method"),
+        ({"layers/up": [METHOD, lj.lora(freeze_a=True), None]}, "one kind of method"),
+        ({"layers/up": [None, lj.full(), None]}, "give it to the whole stack"),
         ({"embed/embedding": [METHOD]}, "its stack has 0 layers"),
     ],
 )
