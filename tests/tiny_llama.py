@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer as Backend
@@ -14,7 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from lora_jax.io.export import save_hf
 from lora_jax.io.tokenizer import Tokenizer
-from lora_jax.models import LlamaConfig, initialise
+from lora_jax.models import LlamaConfig, Model
+from lora_jax.models.model import param_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = LlamaConfig(
@@ -47,15 +49,14 @@ def config(**changes):
 
 
 def model(seed=0, **changes):
-    made = initialise(config(**changes), jax.random.key(seed))
-    # Norms of one and biases of zero would hide a swap, and weights this small any change.
-    leaves, tree = jax.tree.flatten(made.params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    shaken = [
-        5 * leaf + 0.3 * jax.random.normal(key, leaf.shape)
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return dataclasses.replace(made, params=jax.tree.unflatten(tree, shaken))
+    """A model whose every weight is noise; no norm of one or bias of zero hides a mistake."""
+    noise, shape = np.random.default_rng(seed), config(**changes)
+
+    def draw(path, leaf):
+        one = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(one + 0.1 * noise.standard_normal(leaf.shape, np.float32))
+
+    return Model(shape, jax.tree_util.tree_map_with_path(draw, param_shapes(shape)))
 
 
 def folder(path, made):

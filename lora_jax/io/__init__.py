@@ -1,0 +1,1 @@
+"""File formats: the only place that knows them."""
