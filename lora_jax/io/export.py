@@ -1,8 +1,6 @@
 """Writing a whole model as a Hugging Face folder that transformers opens."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +12,7 @@ from safetensors.numpy import save_file
 
 from lora_jax.errors import InputError
 from lora_jax.io.names import is_stacked, is_transposed, to_hf
+from lora_jax.io.swap import whole_folder
 
 _FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -48,15 +47,11 @@ def save_hf(
     always gives the same bytes. Raises InputError for a folder with other things in it, and for
     parameters that are not those of a Llama.
     """
-    folder = Path(folder)
-    _check_free(folder)
+    folder = Path(folder).resolve()
     tensors = dict(_tensors(params, None if dtype is None else np.dtype(dtype)))
     stored = tensors["model.embed_tokens.weight"].dtype.name
     about = {**config.to_hf(), "dtype": stored, "torch_dtype": stored}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    part.mkdir()
-    try:
+    with whole_folder(folder, _FILES) as part:
         text = json.dumps(about, indent=2, sort_keys=True)
         (part / "config.json").write_text(text + "\n", encoding="utf-8")
         for name, content in (tokenizer.files() if tokenizer else {}).items():
@@ -65,36 +60,7 @@ def save_hf(
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
         # It writes for its owner's eyes only; the folder's files should all be alike.
         (part / "model.safetensors").chmod((part / "config.json").stat().st_mode)
-        _swap(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
-
-
-def _check_free(folder: Path) -> None:
-    if folder.is_file():
-        raise InputError(f"{folder} is a file; give a folder to write the model into")
-    others = {entry.name for entry in folder.iterdir()} - _FILES if folder.exists() else set()
-    if others:
-        raise InputError(
-            f"{folder} already holds {', '.join(sorted(others)[:3])}, which would be lost; "
-            "give a new or an empty folder"
-        )
-
-
-def _swap(part: Path, folder: Path) -> None:
-    if not folder.exists():
-        part.replace(folder)
-        return
-    # A folder cannot be renamed over one that is not empty, so the old one steps aside first.
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    folder.replace(aside)
-    try:
-        part.replace(folder)
-    except OSError:
-        aside.replace(folder)
-        raise
-    shutil.rmtree(aside)
 
 
 def _tensors(

@@ -1,20 +1,37 @@
 """A folder that is written whole or not at all."""
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from lora_jax.errors import InputError
 
 
+@contextlib.contextmanager
+def whole_folder(folder: Path, known: Collection[str]) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, which takes its name at a clean end.
+
+    Until that moment, and after any failure such as a full disk, the previous folder stays as it
+    was. Raises InputError where the folder holds anything but `known` names, which would be lost.
+    """
+    _check_replaceable(folder, known)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".new", dir=folder.parent))
+    try:
+        staged.chmod(_folder_mode())
+        yield staged
+        _exchange(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
 def swap_folder(folder: str | Path, files: Mapping[str, bytes]) -> Path:
     """Write `files` (name -> bytes) as the whole content of `folder`, and return its path.
 
-    They are written to a folder beside it, which then takes its name. Until that moment, and after
-    any failure such as a full disk, the previous folder stays as it was. Raises InputError where
-    the folder holds something else that would be lost.
+    As `whole_folder`, for contents that are small enough to be bytes.
 
     >>> with tempfile.TemporaryDirectory() as here:
     ...     folder = swap_folder(Path(here) / "new", {"a.txt": b"one"})
@@ -23,25 +40,17 @@ def swap_folder(folder: str | Path, files: Mapping[str, bytes]) -> Path:
     ('two', ['new'])
     """
     folder = Path(folder).resolve()
-    _check_replaceable(folder, files)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".new", dir=folder.parent))
-    try:
-        staged.chmod(_folder_mode())
+    with whole_folder(folder, files) as staged:
         for name, content in files.items():
             _write(staged / name, content)
-        _exchange(staged, folder)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
     return folder
 
 
-def _check_replaceable(folder: Path, files: Mapping[str, bytes]) -> None:
+def _check_replaceable(folder: Path, known: Collection[str]) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"'{folder}' is a file, not a folder; give another name")
     present = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
-    if others := [name for name in present if name not in files]:
+    if others := [name for name in present if name not in known]:
         raise InputError(
             f"'{folder}' holds other files, which writing it anew would delete: "
             f"{', '.join(others[:5])}; give a folder of its own"

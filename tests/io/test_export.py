@@ -38,7 +38,7 @@ def test_saving_again_replaces_what_was_saved(tmp_path):
 def test_other_files_are_never_overwritten(tmp_path):
     made = tiny_llama.model()
     (tmp_path / "thesis.tex").write_text("dear")
-    with pytest.raises(InputError, match=r"already holds thesis.tex"):
+    with pytest.raises(InputError, match=r"holds other files.*thesis.tex"):
         save_hf(tmp_path, made.params, made.config)
     with pytest.raises(InputError, match="is a file"):
         save_hf(tmp_path / "thesis.tex", made.params, made.config)
