@@ -5,17 +5,23 @@ L layers, V vocabulary. Kernels are [d_in, d_out] and meet their input as `x @ k
 """
 
 from itertools import pairwise
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.rope import rotate, rotations
 
 Rotations: TypeAlias = tuple[jax.Array, jax.Array]
 LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
+Layer: TypeAlias = Callable[[jax.Array, nnx.State], tuple[jax.Array, None]]
+Remat: TypeAlias = Literal["none", "projections", "layers"]
+
+_PROJECTION = "projection"  # the name of outputs that remat="projections" keeps
 
 _normal = nnx.initializers.normal(0.02)
 
@@ -138,9 +144,11 @@ class Attention(nnx.Module):
 
         With `past`, the new keys and values are first written into it from `slot` on.
         """
-        q = rotate(self._heads(self.q_proj(x)), *turns)
-        k = rotate(self._heads(self.k_proj(x)), *turns)
-        v = self._heads(self.v_proj(x))
+        q, k, v = (
+            self._heads(checkpoint_name(project(x), _PROJECTION))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *turns), rotate(k, *turns)
         if past is None:
             return self.o_proj(attend_causally(q, k, v, mask)), (k, v)
         k, v = (
@@ -161,7 +169,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x` [B, T, D] -> [B, T, D]."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = checkpoint_name(self.gate_proj(x), _PROJECTION)
+        up = checkpoint_name(self.up_proj(x), _PROJECTION)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
@@ -187,8 +197,22 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), kept
 
 
+def recomputed(layer: Layer, remat: Remat) -> Layer:
+    """A scanned layer that keeps for its backward pass what `remat` says."""
+    if remat == "none":
+        return layer
+    names = (_PROJECTION,) if remat == "projections" else ()
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    # Under a scan XLA cannot undo the recomputation, so its guard against that is left out.
+    return jax.checkpoint(layer, prevent_cse=False, policy=policy)
+
+
 class Llama(nnx.Module):
-    """The decoder. `dtype` is the compute dtype; `remat` recomputes each layer in the backward."""
+    """The decoder, computing in `dtype`; `remat` says what the backward pass finds kept.
+
+    `none`: all intermediate values are kept; `layers`: each layer's input, the rest is computed
+    again; `projections`: also what q, k, v, gate and up gave, so that no kernel is applied twice.
+    """
 
     def __init__(
         self,
@@ -196,7 +220,7 @@ class Llama(nnx.Module):
         *,
         rngs: nnx.Rngs,
         dtype: jax.typing.DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> None:
         @nnx.split_rngs(splits=config.num_hidden_layers)
         @nnx.vmap(in_axes=0, out_axes=0, axis_size=config.num_hidden_layers)
@@ -234,9 +258,7 @@ class Llama(nnx.Module):
         def layer(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
             return nnx.merge(graph, weights)(x, turns, seen)[0], None
 
-        # Under a scan XLA cannot undo the recomputation, so its guard against that is left out.
-        step = jax.checkpoint(layer, prevent_cse=False) if self.remat else layer
-        x, _ = jax.lax.scan(step, x.astype(self.dtype), stack)
+        x, _ = jax.lax.scan(recomputed(layer, self.remat), x.astype(self.dtype), stack)
         return self.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

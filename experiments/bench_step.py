@@ -1,0 +1,166 @@
+"""Time one training step here, in peft and for the frozen base alone, taking turns in one run.
+
+python -m experiments.bench_step --config=configs/bench_step.py
+"""
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments import cli
+from lora_jax.errors import InputError
+from lora_jax.io.export import save_hf
+from lora_jax.models import load
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Such as configs/bench_step.py")
+_OUT = flags.DEFINE_string("out", "runs/bench_step.json", "Where the measurements go.")
+
+
+class Worker:
+    """A process that runs one step each time it is asked to."""
+
+    def __init__(self, name: str, folder: Path, options: Mapping[str, Any]) -> None:
+        self.name, self.seconds = name, []
+        command = [sys.executable, "-m", "experiments.bench_workers", name, str(folder)]
+        quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        self.process = subprocess.Popen(
+            [*command, json.dumps(dict(options))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | quiet,
+        )
+        self.facts = self._read()
+
+    def step(self) -> None:
+        """Run one step and keep its time."""
+        self.seconds.append(self._ask("step")["seconds"])
+
+    def end(self) -> float:
+        """Stop the process and return its peak memory in GB."""
+        peak = self._ask("end")["peak_gb"]
+        self.process.wait()
+        return peak
+
+    def _ask(self, word: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("BENCH "):
+                return json.loads(line.removeprefix("BENCH "))
+        raise InputError(f"the worker '{self.name}' ended early; its messages are above")
+
+
+def bench(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run every worker in turn, `rounds` times, and return one record each."""
+    peers = [name for name in options["peers"] if name != "peft" or _has_peft()]
+    model = load(options["source"])
+    options = options | {"vocabulary": model.config.vocab_size}
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "base"
+        save_hf(folder, model.params, model.config, model.tokenizer)
+        del model
+        workers = [Worker(name, folder, options) for name in ("product", *peers)]
+        for _ in range(options["rounds"]):
+            for worker in workers:
+                worker.step()
+    return [_record(worker, options) for worker in workers]
+
+
+def show(records: list[dict[str, Any]]) -> Table:
+    """Return the measurements as a table."""
+    best = next(r["flops_per_second"] for r in records if r["name"] == "product")
+    table = Table(title="one training step")
+    for head in ("", "step, s", "(min - max)", "tokens/s", "peak, GB", "TFLOP", "of peak"):
+        table.add_column(head, justify="right" if head else "left")
+    for r in records:
+        if r["name"] == "product":
+            continue
+        flops, rate = r["flops"], r["flops_per_second"]
+        table.add_row(
+            r["name"],
+            f"{r['seconds']:.2f}",
+            f"{r['fastest']:.2f} - {r['slowest']:.2f}",
+            f"{r['tokens_per_second']:.0f}",
+            f"{r['peak_gb']:.2f}",
+            f"{flops / 1e12:.2f}" if flops else "-",
+            f"{rate / best:.0%}" if rate else "-",
+        )
+    table.caption = f"peak: a {best / 1e9:.0f} GFLOP/s float32 product, measured in the same run"
+    return table
+
+
+def ratios(records: list[dict[str, Any]]) -> list[str]:
+    """Return how we stand to the floor and to peft, by pairs of steps of one round."""
+    by_name = {r["name"]: r for r in records}
+    ours, lines = by_name.get("lora_jax"), []
+    if ours and (floor := by_name.get("floor")):
+        over = statistics.median(np.divide(ours["all"], floor["all"]))
+        lines.append(f"{over - 1:+.1%} over the frozen base's own forward and backward")
+    if ours and (peer := by_name.get("peft")):
+        faster = statistics.median(np.divide(peer["all"], ours["all"]))
+        smaller = ours["peak_gb"] / peer["peak_gb"]
+        lines.append(f"{faster:.2f} x peft's tokens/s, {smaller:.2f} x its peak memory")
+        lines.append(
+            f"loss of the first step: {ours['first_loss']:.5f}, peft's {peer['first_loss']:.5f}"
+        )
+    return lines
+
+
+def main() -> None:
+    """Run the config of the command line."""
+    if _CONFIG.value is None:
+        raise InputError("give a config: --config=configs/bench_step.py")
+    options = _CONFIG.value.to_dict()
+    if not _has_peft():
+        print("peft is not installed, so it is left out: pip install 'lora-jax[parity]'")
+    records = bench(options)
+    console = Console()
+    console.print(show(records))
+    for line in ratios(records):
+        console.print(line)
+    out = Path(_OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"options": options, "records": records}, indent=2) + "\n")
+    console.print(f"written to {out}")
+
+
+def _record(worker: Worker, options: Mapping[str, Any]) -> dict[str, Any]:
+    seconds, flops = statistics.median(worker.seconds), worker.facts["flops"]
+    return {
+        "name": worker.name,
+        "seconds": seconds,
+        "fastest": min(worker.seconds),
+        "slowest": max(worker.seconds),
+        "all": worker.seconds,
+        "tokens_per_second": options["batch"] * options["time"] / seconds,
+        "peak_gb": worker.end(),
+        "flops_per_second": flops / seconds if flops else None,
+        **worker.facts,
+    }
+
+
+def _has_peft() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("peft", "torch", "transformers"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,182 @@
+"""The processes that `bench_step` times: each makes one training step ready and runs it on demand.
+
+A worker reads one word a line: `step` runs one step and answers with its seconds, `end` answers
+with the peak memory of its process. Torch is imported in the peer's worker alone.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.train.memory import peak_memory
+
+PRODUCT = 2048  # side of the square float32 product that measures the machine's peak
+
+
+class Ready(NamedTuple):
+    """A step to time (it returns when its results are there), and facts about it."""
+
+    step: Callable[[], Any]
+    facts: dict[str, Any]
+
+
+def lora_jax_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> Ready:
+    """Our training step: factored adapters, chunked cross-entropy, AdamW."""
+    import jax
+    import optax
+
+    import lora_jax as lj
+    from experiments.flops import matrix_flops
+    from lora_jax.models import load
+    from lora_jax.train import adapter_loss, answer_loss, init_state, make_step
+
+    model = load(str(folder)).with_options(remat=options["remat"])
+    method = getattr(lj, options["method"])(rank=options["rank"], alpha=options["alpha"])
+    sites = lj.find_sites(model.apply, model.params, jax.ShapeDtypeStruct((1, 8), "int32"))
+    frozen, trained = lj.attach(
+        jax.random.key(0), model.params, {"layers/.*/kernel": method}, sites
+    )
+    del model.params["layers"]  # `frozen` holds the arrays now
+    optimizer = optax.adamw(1e-4)
+    state = init_state(trained, optimizer)
+    loss = adapter_loss(answer_loss(model.hidden, model.logits))
+    step = make_step(loss, optimizer)
+    batch = _batch(ids)
+    program = jax.make_jaxpr(step)(state, frozen, batch)
+    held = [state]
+
+    def run() -> float:
+        held[0], info = step(held[0], frozen, batch)
+        return float(info.loss)
+
+    return Ready(run, {"flops": matrix_flops(program), "trained": lj.tree.count(trained)})
+
+
+def floor_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> Ready:
+    """The least any adapter can cost: the frozen base forward, and back to its embedded inputs."""
+    import jax
+
+    from experiments.flops import matrix_flops
+    from lora_jax.models import load
+    from lora_jax.train.loss import cross_entropy
+
+    model = load(str(folder)).with_options(remat=options["remat"])
+    batch = _batch(ids)
+
+    def loss(inputs: Any, params: Any, targets: Any, weights: Any) -> Any:
+        hidden = model.trunk(params, inputs)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        total, weight = cross_entropy(
+            lambda h: model.logits(params, h), flat, targets.reshape(-1), weights.reshape(-1)
+        )
+        return total / weight
+
+    step = jax.jit(jax.value_and_grad(loss))
+    inputs = jax.jit(model.embed)(model.params, ids)
+    program = jax.make_jaxpr(step)(inputs, model.params, batch["targets"], batch["weights"])
+
+    def run() -> float:
+        value, grad = step(inputs, model.params, batch["targets"], batch["weights"])
+        jax.block_until_ready(grad)
+        return float(value)
+
+    return Ready(run, {"flops": matrix_flops(program), "trained": 0})
+
+
+def peft_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> Ready:
+    """The same model, batch and adapter in peft and torch, with AdamW."""
+    import os
+
+    import peft
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=options["rank"],
+        lora_alpha=options["alpha"],
+        target_modules="all-linear",
+        use_dora=options["method"] == "dora",
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(base, config)
+    model.train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=1e-4)
+    tokens = torch.tensor(ids, dtype=torch.long)
+
+    def run() -> float:
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    return Ready(run, {"flops": None, "trained": sum(p.numel() for p in weights)})
+
+
+def product_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> Ready:
+    """One large square float32 product: what this machine reaches at best."""
+    import jax
+
+    x = jax.random.normal(jax.random.key(0), (PRODUCT, PRODUCT))
+    multiply = jax.jit(lambda x: x @ x)
+
+    def run() -> float:
+        return float(jax.block_until_ready(multiply(x))[0, 0])
+
+    return Ready(run, {"flops": 2 * PRODUCT**3, "trained": 0})
+
+
+WORKERS = {
+    "lora_jax": lora_jax_step,
+    "floor": floor_step,
+    "peft": peft_step,
+    "product": product_step,
+}
+
+
+def serve(name: str, folder: Path, options: Mapping[str, Any]) -> None:
+    """Make a worker's step ready and answer its parent until told to end."""
+    shape = (options["batch"], options["time"])
+    ids = np.random.default_rng(0).integers(0, options["vocabulary"], shape)
+    ready = WORKERS[name](folder, options, ids.astype(np.int32))
+    losses = [ready.step() for _ in range(options["warmup"])]
+    _answer({"first_loss": losses[0] if losses else math.nan, **ready.facts})
+    for line in sys.stdin:
+        if line.strip() == "end":
+            break
+        started = time.perf_counter()
+        ready.step()
+        _answer({"seconds": time.perf_counter() - started})
+    _answer({"peak_gb": peak_memory()})
+
+
+def _batch(ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Next-token prediction at every position but the last, as transformers scores it."""
+    rows, time_ = ids.shape
+    weights = np.ones(ids.shape, np.float32)
+    weights[:, -1] = 0
+    return {
+        "ids": ids,
+        "mask": np.ones(ids.shape, bool),
+        "at": np.broadcast_to(np.arange(time_, dtype=np.int32), (rows, time_)),
+        "targets": np.roll(ids, -1, axis=1),
+        "weights": weights,
+    }
+
+
+def _answer(message: Mapping[str, Any]) -> None:
+    print("BENCH " + json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))

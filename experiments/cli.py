@@ -1,0 +1,97 @@
+"""What every command line shares: flags, one line for a user's mistake, and the compile cache."""
+
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from experiments.settings import flat_keys, unknown_key
+from lora_jax.errors import InputError
+
+
+def run(main: Callable[[], int | None], define: Callable[[], None] | None = None) -> None:
+    """Parse the flags, call `main` and exit: 0, its own status, or 2 after a user's mistake.
+
+    `define` defines the flags: all commands share one table of them, so a module that is only
+    imported must define none.
+    """
+    if define is not None:
+        define()
+
+    def start(argv: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # jax reports at INFO which accelerators it misses
+        cache_compilations()
+        sys.exit(guarded(main))
+
+    app.run(start, flags_parser=_parse)
+
+
+def guarded(main: Callable[[], int | None]) -> int:
+    """Call `main` and return the exit status.
+
+    InputError and OSError become one message and 2; Ctrl-C, where nothing keeps what was done so
+    far, becomes 130.
+    """
+    try:
+        return main() or 0
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr, flush=True)
+        return 130
+
+
+def config_stem() -> str:
+    """Return the name of the config file given on the command line, without its suffix."""
+    return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+
+
+def cache_compilations() -> None:
+    """Keep compiled programs in the user's cache folder, so that the next start is quicker."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "lora_jax" / "compiled"))
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parse the flags; an unknown one, or an unknown config key, is one line and status 2."""
+    rest: list[str] = []
+
+    def parse() -> None:
+        _check_config(argv)
+        try:
+            rest.extend(flags.FLAGS(argv))
+        except flags.Error as error:
+            raise InputError(" ".join(str(error).split())) from error
+        if len(rest) > 1:
+            raise InputError(f"'{rest[1]}' is no flag; settings are given as --name=value")
+
+    if status := guarded(parse):
+        sys.exit(status)
+    return rest
+
+
+def _check_config(argv: Sequence[str]) -> None:
+    """Raise InputError for a config file that is not there, or a `--config.key` it does not have.
+
+    The flags' own parser would fail with a traceback.
+    """
+    words = list(argv[1:])
+    settings = [word.lstrip("-").partition("=") for word in words if word.startswith("-")]
+    files = [value for name, _, value in settings if name == "config"]
+    files = [words[words.index("--config") + 1]] if files == [""] and len(words) > 1 else files
+    if not files or "config" not in flags.FLAGS:
+        return
+    path = files[-1]
+    if not Path(path).is_file():
+        raise InputError(f"no config file '{path}'; give one such as configs/quickstart.py")
+    known = flat_keys(runpy.run_path(path)["get_config"]())
+    for name, _, _ in settings:
+        key = name.removeprefix("config.")
+        if key != name and key not in known:
+            raise unknown_key(key, known, f"'{path}'")

@@ -1,0 +1,81 @@
+"""Keys and values of a config, methods and targets by name."""
+
+import pytest
+from ml_collections import config_dict
+
+import lora_jax as lj
+from configs import quickstart
+from experiments.settings import flat_keys, make_method, make_rules, resolve, unused_options
+from lora_jax.errors import InputError
+
+
+def test_the_quickstart_is_complete_and_known():
+    settings = resolve(quickstart.get_config())
+    assert settings.train.batch == 8
+    assert settings.train.b2 == 0.999
+    assert make_rules(settings) == {lj.all_linear: lj.lora(rank=8, alpha=16.0)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sead": 1}, "unknown key 'sead' in the config; nearest: 'seed'"),
+        ({"train": {"learning_rat": 1.0}}, "nearest: 'train.learning_rate'"),
+        ({"method": {"name": "lora", "rnk": 4}}, "unknown key 'method.rnk'.*'method.rank'"),
+        ({"method": {"name": "lorra"}}, "config.method.name is 'lorra'.*nearest: 'lora'"),
+        ({"train": {"steps": "many"}}, "config.train.steps is 'many'; expected int"),
+        ({"train": {"steps": True}}, "expected int"),
+        ({"train": {"steps": 2.5}}, "expected int"),
+        ({"train": 3}, "config.train is 3; it is a group of keys"),
+        ({"model": {"source": "x", "dtype": "float23"}}, "nearest: 'float32'"),
+        ({"evaluate": {"split": "train"}}, "config.evaluate.split is 'train'"),
+        ({"data": {"dev": 0}}, "config.data.dev is 0"),
+        ({"model": {}}, "config.model.source is empty"),
+    ],
+)
+def test_mistakes_are_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        resolve({"model": {"source": "x"}, **changes})
+
+
+def test_a_whole_number_passes_for_a_real_one():
+    assert resolve({"model": {"source": "x"}, "train": {"clip": 1}}).train.clip == 1.0
+
+
+def rules(targets, **method):
+    options = {"name": "lora", "rank": 3, "alpha": 6.0, **method}
+    config = {"model": {"source": "x"}, "method": options, "targets": targets}
+    return make_rules(resolve(config_dict.ConfigDict(config)))
+
+
+def test_targets_in_every_form():
+    three, four = lj.lora(rank=3, alpha=6.0), lj.lora(rank=4, alpha=6.0)
+    assert rules("all_linear") == {lj.all_linear: three}
+    assert rules(".*/q_proj/kernel") == {".*/q_proj/kernel": three}
+    assert rules((".*/q", ".*/v")) == {".*/q": three, ".*/v": three}
+    several = ((".*/q", {"rank": 4}), (".*/k", None), "all_linear")
+    assert list(rules(several).items()) == [(".*/q", four), (".*/k", None), (lj.all_linear, three)]
+    assert rules("all_linear", name="dora") == {lj.all_linear: lj.dora(rank=3, alpha=6.0)}
+
+
+def test_a_misspelt_predicate_is_named():
+    with pytest.raises(InputError, match="nearest: 'all_linear'"):
+        rules("all_liner")
+
+
+@pytest.mark.parametrize("targets", [(), (("a", {}, 1),)])
+def test_targets_without_sense_are_refused(targets):
+    with pytest.raises(InputError, match=r"config\.targets is"):
+        rules(targets)
+
+
+def test_options_of_other_methods_are_left_out():
+    options = {"name": "full", "rank": 4, "alpha": 1.0}
+    assert make_method(options) == lj.full()
+    assert unused_options(options) == ["alpha", "rank"]
+    with pytest.raises(InputError, match="rank"):
+        make_method({"name": "lora", "rank": 0})
+
+
+def test_flat_keys_of_a_config():
+    assert "train.batch" in flat_keys(quickstart.get_config())
