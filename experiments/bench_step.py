@@ -25,9 +25,6 @@ from lora_jax.errors import InputError
 from lora_jax.io.export import save_hf
 from lora_jax.models import load
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Such as configs/bench_step.py")
-_OUT = flags.DEFINE_string("out", "runs/bench_step.json", "Where the measurements go.")
-
 
 class Worker:
     """A process that runs one step each time it is asked to."""
@@ -36,6 +33,7 @@ class Worker:
         self.name, self.seconds = name, []
         command = [sys.executable, "-m", "experiments.bench_workers", name, str(folder)]
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        quiet |= {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"} | cli.HUGE_PAGES
         self.process = subprocess.Popen(
             [*command, json.dumps(dict(options))],
             stdin=subprocess.PIPE,
@@ -125,11 +123,17 @@ def ratios(records: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def define_flags() -> None:
+    """Define --config and --out."""
+    config_flags.DEFINE_config_file("config", None, "Such as configs/bench_step.py")
+    flags.DEFINE_string("out", "runs/bench_step.json", "Where the measurements go.")
+
+
 def main() -> None:
     """Run the config of the command line."""
-    if _CONFIG.value is None:
+    if flags.FLAGS.config is None:
         raise InputError("give a config: --config=configs/bench_step.py")
-    options = _CONFIG.value.to_dict()
+    options = flags.FLAGS.config.to_dict()
     if not _has_peft():
         print("peft is not installed, so it is left out: pip install 'lora-jax[parity]'")
     records = bench(options)
@@ -137,7 +141,7 @@ def main() -> None:
     console.print(show(records))
     for line in ratios(records):
         console.print(line)
-    out = Path(_OUT.value)
+    out = Path(flags.FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"options": options, "records": records}, indent=2) + "\n")
     console.print(f"written to {out}")
@@ -163,4 +167,4 @@ def _has_peft() -> bool:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

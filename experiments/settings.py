@@ -90,6 +90,7 @@ SECTIONS = {
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "projections", "layers"),
     "evaluate.split": ("test", "dev"),
     "method.name": tuple(methods.__all__),
 }

@@ -19,7 +19,8 @@ MAY = {
     "sites": {"axes", "tree", "interpret", "trace"},
     "adapter": {"tree", "method", "sites"},
     "operands": {"axes", "_compat", "interpret"},
-    "transform": {"axes", "tree", "_compat", "method", "interpret", "trace", "sites", "adapter", "operands"},
+    "transform": {"axes", "tree", "_compat", "method", "interpret", "trace", "sites"}
+    | {"adapter", "operands"},
     "methods": {"method"},
     "models": {"io"},
     "data": set(),

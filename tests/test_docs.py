@@ -45,8 +45,10 @@ def test_docstrings_of_the_public_names_have_examples():
 def test_notebooks_run(path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
-    failures = [o for c in notebook.cells for o in c.get("outputs", ()) if o.output_type == "error"]
+    where = {"metadata": {"path": str(ROOT)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    failures = [output for output in outputs if output.output_type == "error"]
     assert not failures
 
 

@@ -4,9 +4,9 @@ Letters: B batch, T time, S keys, D width, F feed-forward, H heads, K kv heads, 
 L layers, V vocabulary. Kernels are [d_in, d_out] and meet their input as `x @ kernel`.
 """
 
-from itertools import pairwise
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from itertools import pairwise
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from lora_jax.models.rope import rotate, rotations
 Rotations: TypeAlias = tuple[jax.Array, jax.Array]
 LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
 Layer: TypeAlias = Callable[[jax.Array, nnx.State], tuple[jax.Array, None]]
-Remat: TypeAlias = Literal["none", "projections", "layers"]
+REMATS = ("none", "projections", "layers")
 
 _PROJECTION = "projection"  # the name of outputs that remat="projections" keeps
 
@@ -197,7 +197,7 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), kept
 
 
-def recomputed(layer: Layer, remat: Remat) -> Layer:
+def recomputed(layer: Layer, remat: str) -> Layer:
     """A scanned layer that keeps for its backward pass what `remat` says."""
     if remat == "none":
         return layer
@@ -220,7 +220,7 @@ class Llama(nnx.Module):
         *,
         rngs: nnx.Rngs,
         dtype: jax.typing.DTypeLike = jnp.float32,
-        remat: Remat = "none",
+        remat: str = "none",
     ) -> None:
         @nnx.split_rngs(splits=config.num_hidden_layers)
         @nnx.vmap(in_axes=0, out_axes=0, axis_size=config.num_hidden_layers)

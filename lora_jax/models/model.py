@@ -12,7 +12,7 @@ from flax import nnx
 
 from lora_jax.errors import InputError
 from lora_jax.models.config import LlamaConfig
-from lora_jax.models.llama import Cache, Llama, Remat
+from lora_jax.models.llama import REMATS, Cache, Llama
 
 if TYPE_CHECKING:
     from lora_jax.io.sources import Source
@@ -39,10 +39,10 @@ class Model:
     tokenizer: "Tokenizer | None" = None
     source: "Source | None" = None
     dtype: jax.typing.DTypeLike = jnp.float32
-    remat: Remat = "none"
+    remat: str = "none"
 
     def with_options(
-        self, *, dtype: jax.typing.DTypeLike | None = None, remat: Remat | None = None
+        self, *, dtype: jax.typing.DTypeLike | None = None, remat: str | None = None
     ) -> "Model":
         """The same parameters, computed otherwise.
 
@@ -51,6 +51,8 @@ class Model:
         projections (`projections`: a quarter of the memory and no slower) or only the layers'
         inputs (`layers`: least memory, the forward pass is computed twice).
         """
+        if remat is not None and remat not in REMATS:
+            raise InputError(f"remat={remat!r} is unknown; give one of {', '.join(REMATS)}")
         return dataclasses.replace(
             self,
             dtype=self.dtype if dtype is None else dtype,
@@ -137,7 +139,7 @@ class Model:
             )
 
 
-def _abstract(config: LlamaConfig, dtype: jax.typing.DTypeLike, remat: Remat) -> Llama:
+def _abstract(config: LlamaConfig, dtype: jax.typing.DTypeLike, remat: str) -> Llama:
     return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
 
 
