@@ -162,13 +162,10 @@ def serve(name: str, folder: Path, options: Mapping[str, Any]) -> None:
 
 def _batch(ids: np.ndarray) -> dict[str, np.ndarray]:
     """Next-token prediction at every position but the last, as transformers scores it."""
-    rows, time_ = ids.shape
     weights = np.ones(ids.shape, np.float32)
     weights[:, -1] = 0
     return {
         "ids": ids,
-        "mask": np.ones(ids.shape, bool),
-        "at": np.broadcast_to(np.arange(time_, dtype=np.int32), (rows, time_)),
         "targets": np.roll(ids, -1, axis=1),
         "weights": weights,
     }

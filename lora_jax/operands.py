@@ -130,12 +130,18 @@ class Dense(Product):
         self.out_dims = (*batches, *sides[position == 0], *sides[position != 0])
 
     def narrow(self, array: jax.Array, matrix: jax.Array) -> jax.Array:
-        """A matrix product that keeps the operation's precision and accumulation."""
-        params = self.at.eqn.params
+        """A matrix product that keeps the operation's precision and accumulation.
+
+        A thin matrix goes in transposed, behind a barrier: so its gradient is computed as
+        `[k, d_in]`, `k` rows at full width. Left alone, XLA turns it to `[d_in, k]`, which takes
+        four to six times as long on CPUs (1024 x 1536 by 8: 1.3 ms against 0.2).
+        """
+        params, matrix = self.at.eqn.params, matrix.astype(array.dtype)
+        thin = 4 * matrix.shape[1] <= matrix.shape[0]
         return jax.lax.dot_general(
             array,
-            matrix.astype(array.dtype),
-            (((1,), (0,)), ((), ())),
+            jax.lax.optimization_barrier(matrix.T) if thin else matrix,
+            (((1,), (1 if thin else 0,)), ((), ())),
             precision=params["precision"],
             preferred_element_type=params["preferred_element_type"],
         )

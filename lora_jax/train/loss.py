@@ -55,12 +55,14 @@ def answer_loss(
 
     `hidden(params, ids, mask=mask)` gives [B, T, D], `logits(params, hidden)` its scores; the batch
     is one of `lora_jax.data`. Only the positions in `batch["at"]` meet the head: with one answer
-    token in forty-eight that is two per cent of the product with the vocabulary, and exact.
+    token in forty-eight that is two per cent of the product with the vocabulary, and exact. Without
+    "at" every position is scored, without "mask" none is padding.
     """
 
     def loss(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        body = hidden(params, batch["ids"], mask=batch["mask"])
-        scored = jnp.take_along_axis(body, batch["at"][..., None], axis=1)
+        scored = hidden(params, batch["ids"], mask=batch.get("mask"))
+        if "at" in batch:
+            scored = jnp.take_along_axis(scored, batch["at"][..., None], axis=1)
         return cross_entropy(
             lambda h: logits(params, h),
             scored.reshape(-1, scored.shape[-1]),
