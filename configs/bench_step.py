@@ -15,7 +15,7 @@ def get_config() -> config_dict.ConfigDict:
     config.alpha = 16.0
     config.batch = 4
     config.time = 256
-    config.remat = "projections"  # what our backward pass finds kept; also none, layers
+    config.remat = "layers"  # what our backward pass finds kept; also projections, none
     config.rounds = 9  # counted steps of each, taking turns
     config.warmup = 2
     config.peers = ("lora_jax", "floor", "peft")

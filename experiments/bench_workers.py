@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.train.memory import peak_memory
+from lora_jax.train.memory import process_peak
 
 PRODUCT = 2048  # side of the square float32 product that measures the machine's peak
 
@@ -157,7 +157,7 @@ def serve(name: str, folder: Path, options: Mapping[str, Any]) -> None:
         started = time.perf_counter()
         ready.step()
         _answer({"seconds": time.perf_counter() - started})
-    _answer({"peak_gb": peak_memory()})
+    _answer({"peak_gb": process_peak()})
 
 
 def _batch(ids: np.ndarray) -> dict[str, np.ndarray]:

@@ -78,12 +78,14 @@ def make_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         norm = _norm(grads)
         applied = jnp.isfinite(total) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        new = (optax.apply_updates(state.trained, updates), opt_state)
-        kept = jax.tree.map(
-            lambda a, b: jnp.where(applied, a, b), new, (state.trained, state.opt_state)
-        )
-        return TrainState(state.step + 1, *kept), StepInfo(total * scale, norm, applied)
+
+        def update(trained: Any, opt_state: Any) -> tuple[Any, Any]:
+            updates, opt_state = optimizer.update(grads, opt_state, trained)
+            return optax.apply_updates(trained, updates), opt_state
+
+        held = state.trained, state.opt_state
+        held = jax.lax.cond(applied, update, lambda *held: held, *held)
+        return TrainState(state.step + 1, *held), StepInfo(total * scale, norm, applied)
 
     return jax.jit(step, donate_argnums=0)
 
