@@ -93,9 +93,9 @@ def peft_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> Read
     """The same model, batch and adapter in peft and torch, with AdamW."""
     import os
 
-    import peft
-    import torch
-    import transformers
+    import peft  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
