@@ -27,6 +27,7 @@ def get_config() -> config_dict.ConfigDict:
 
     config.data = config_dict.ConfigDict()
     config.data.source = "reviews"  # or a .jsonl or .csv file with prompt and completion
+    config.data.threshold = 0.5  # of reviews: the |rating| above which an opinion is clear
     config.data.dev = 400
     config.data.test = 500
     config.data.length = 48  # 94 % of the reviews fit; longer ones lose their first words
@@ -34,11 +35,13 @@ def get_config() -> config_dict.ConfigDict:
     config.data.end = True  # also learn to stop after the answer
 
     config.method = config_dict.ConfigDict()
-    config.method.name = "lora"  # lora, dora or full
+    config.method.name = "lora"  # or dora
     config.method.rank = 8
     config.method.alpha = 16.0
     config.method.rslora = False
     config.method.dropout = 0.0
+    config.method.freeze_a = False
+    config.method.init = "kaiming"  # or gaussian
 
     config.targets = "all_linear"  # or a pattern, or several: (".*/q_proj/kernel", ...)
 
@@ -50,7 +53,10 @@ def get_config() -> config_dict.ConfigDict:
     config.train.warmup = 10
     config.train.final = 0.0
     config.train.weight_decay = 0.0
+    config.train.b1 = 0.9
+    config.train.b2 = 0.999
     config.train.clip = 1.0
+    config.train.diverged = 3.0  # stop when the loss stays above this multiple of its start
 
     config.evaluate = config_dict.ConfigDict()
     config.evaluate.split = "test"  # dev while choosing settings

@@ -1,10 +1,12 @@
 """What every command line shares: flags, one line for a user's mistake, and the compile cache."""
 
+import errno
 import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -43,11 +45,22 @@ def guarded(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        message = _explained(error) if isinstance(error, OSError) else error
+        print(f"error: {message}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr, flush=True)
         return 130
+
+
+def _explained(error: OSError) -> str:
+    """Say what an error of the file system means and what to do about it."""
+    at = f" at '{error.filename}'" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{at}; free space or give another folder. What was there is whole"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"no permission to write{at}; give another folder"
+    return str(error)
 
 
 def config_stem() -> str:
@@ -90,6 +103,27 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
+def _config_path(words: Sequence[str]) -> str:
+    """Find the file in --config=FILE or --config FILE, the last of them if there are several."""
+    path = ""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and name == "config":
+            path = value if equals else following
+    if not Path(path).is_file():
+        raise InputError(f"no config file '{path}'; give one such as configs/quickstart.py")
+    return path
+
+
+def _config_of(path: str) -> Any:
+    """Run a config file, which is the user's own program: whatever it raises is named with it."""
+    try:
+        return runpy.run_path(path)["get_config"]()
+    except Exception as error:
+        reason = "it defines no get_config()" if isinstance(error, KeyError) else repr(error)
+        raise InputError(f"the config file '{path}' does not work: {reason}") from error
+
+
 def _check_config(argv: Sequence[str]) -> None:
     """Raise InputError for a config file that is not there, or a `--config.key` it does not have.
 
@@ -97,14 +131,10 @@ def _check_config(argv: Sequence[str]) -> None:
     """
     words = list(argv[1:])
     settings = [word.lstrip("-").partition("=") for word in words if word.startswith("-")]
-    files = [value for name, _, value in settings if name == "config"]
-    files = [words[words.index("--config") + 1]] if files == [""] and len(words) > 1 else files
-    if not files or "config" not in flags.FLAGS:
+    if "config" not in flags.FLAGS or all(name != "config" for name, _, _ in settings):
         return
-    path = files[-1]
-    if not Path(path).is_file():
-        raise InputError(f"no config file '{path}'; give one such as configs/quickstart.py")
-    known = flat_keys(runpy.run_path(path)["get_config"]())
+    path = _config_path(words)
+    known = flat_keys(_config_of(path))
     for name, _, _ in settings:
         key = name.removeprefix("config.")
         if key != name and key not in known:

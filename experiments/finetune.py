@@ -77,10 +77,12 @@ def finetune(config: Any, workdir: str | Path) -> Result:
         print(f"measuring on {len(task.held_out)} held-out examples ...", flush=True)
         before = measure(adaptation.frozen, adaptation.trained)
         print(f"{settings.evaluate.split} before: {before.score}", flush=True)
-        outcome = train(adaptation, batches, optimizer, settings, stage)
+        losses: list[float] = []
+        outcome = train(adaptation, batches, optimizer, settings, stage, losses)
         after = None if outcome.interrupted else measure(adaptation.frozen, outcome.trained)
         result = Result(before, after, outcome)
         _save(Path(workdir), stage, adaptation, task, result)
+        _draw(stage / "loss.png", losses, adaptation.frozen)
     _say_result(task, result)
     return result
 
@@ -106,21 +108,25 @@ def adapt(model: Model, settings: Settings) -> Adaptation:
 
 
 def train(
-    adaptation: Adaptation, batches: Any, optimizer: Optimizer, settings: Settings, stage: Path
+    adaptation: Adaptation,
+    batches: Any,
+    optimizer: Optimizer,
+    settings: Settings,
+    stage: Path,
+    losses: list[float],
 ) -> Outcome:
-    """Train from a fresh state, showing progress and writing a line of metrics a step."""
+    """Train from a fresh state: progress shown, a line of metrics a step, losses collected."""
     options, model = settings.train, adaptation.model
     loss = adapter_loss(answer_loss(model.hidden, model.logits), dropout=_drops(adaptation.frozen))
     step = make_step(loss, optimizer.transform, accumulate=options.accumulate, seed=settings.seed)
     state = init_state(adaptation.trained, optimizer.transform)
-    losses: list[float] = []
     with live_line() as show:
         observers = (
             show,
             json_lines(stage / "metrics.jsonl"),
             lambda progress: losses.append(progress.loss),
         )
-        outcome = fit(
+        return fit(
             step,
             state,
             adaptation.frozen,
@@ -130,9 +136,6 @@ def train(
             observers=observers,
             watch=Watch(factor=options.diverged),
         )
-    if losses and not loss_picture(stage / "loss.png", losses, title=_title(adaptation.frozen)):
-        print('no loss.png: matplotlib is not installed; pip install "lora-jax[plots]"')
-    return outcome
 
 
 def make_optimizer(settings: Settings) -> Optimizer:
@@ -154,7 +157,8 @@ def main() -> int:
         raise InputError("give a config: --config=configs/quickstart.py")
     workdir = options.workdir or str(Path("runs") / cli.config_stem())
     result = finetune(options.config, workdir)
-    print(f"written to {workdir}: adapter/, config.json, metrics.jsonl")
+    names = sorted(entry.name for entry in Path(workdir).iterdir())
+    print(f"written to {workdir}: {', '.join(names)}")
     if result.outcome.stopped is None:
         return 0
     return 130 if result.outcome.interrupted else 1
@@ -166,14 +170,23 @@ def _save(workdir: Path, stage: Path, adaptation: Adaptation, task: Task, result
     model, frozen = adaptation.model, adaptation.frozen
     ids = np.array(task.prompts(task.held_out[:1]), np.int32)
     error = merge_error(model, frozen, outcome.trained, lj.merge(frozen, outcome.trained), ids)
+    card = saving.make_card(task, result.before, result.after, outcome, error)
+    saving.save(workdir / "adapter", model, frozen, outcome.trained, card, settings)
     for name, measured in (("before", result.before), ("after", result.after)):
         if measured is not None:
             record = {"event": name, "split": settings.evaluate.split, **measured.record()}
             append(stage / "metrics.jsonl", record)
     end = {"event": "end", "step": outcome.step, "stopped": outcome.stopped, "merge_error": error}
     append(stage / "metrics.jsonl", end)
-    card = saving.make_card(task, result.before, result.after, outcome, error)
-    saving.save(workdir / "adapter", model, frozen, outcome.trained, card, settings)
+
+
+def _draw(path: Path, losses: list[float], frozen: Any) -> None:
+    """Draw the losses, last of all: a picture is not worth a finished adapter."""
+    try:
+        if losses and not loss_picture(path, losses, title=_title(frozen)):
+            print('no loss.png: matplotlib is not installed; pip install "lora-jax[plots]"')
+    except OSError as error:
+        print(f"no loss.png: {error}")
 
 
 def _say_task(task: Task) -> None:
@@ -191,7 +204,7 @@ def _say_result(task: Task, result: Result) -> None:
         if not outcome.interrupted:
             print("try a lower train.learning_rate or a longer train.warmup")
     if result.after is not None:
-        print(f"{split} before: {result.before.score}\n{split} after:  {result.after.score}")
+        print(f"\n{split} before: {result.before.score}\n{split} after:  {result.after.score}\n")
     print(show_examples(task, result.before, result.after, task.settings.evaluate.show))
 
 

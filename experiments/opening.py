@@ -62,4 +62,10 @@ def _base_of(folder: Path) -> str:
     name = read_json(folder / CONFIG).get("base_model_name_or_path")
     if not name:
         raise InputError(f"'{folder}' does not say what its base is; give it with --base")
-    return name if Path(name).exists() else f"hf://{name}"
+    if Path(name).exists():
+        return name
+    if "/" not in name:
+        raise InputError(
+            f"'{folder}' calls its base '{name}', which is no folder here; give --base"
+        )
+    return f"hf://{name}"

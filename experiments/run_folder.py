@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lora_jax.errors import InputError
+
 
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
@@ -16,6 +18,8 @@ def staged(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     existed = folder.exists()
+    if existed and not folder.is_dir():
+        raise InputError(f"'{folder}' is a file; give a folder with --workdir")
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".running-", dir=folder))
     try:

@@ -1,5 +1,6 @@
 """The settings of a fine-tuning run: every key there is, checked and completed."""
 
+import ast
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -243,7 +244,8 @@ def _parameters(name: str) -> list[str]:
 def _entries(targets: Any) -> list[tuple[str, Mapping[str, Any] | None]]:
     """List (target, changes) pairs of whatever form `targets` has."""
     if isinstance(targets, str):
-        return [(targets, {})]
+        several = _literal(targets)  # "('.*/q_proj/kernel', ...)" from a command line
+        return _entries(several) if isinstance(several, tuple | list) else [(targets, {})]
     if isinstance(targets, Mapping):
         return list(targets.items())
     entries: list[Any] = [(e, {}) if isinstance(e, str) else tuple(e) for e in targets]
@@ -252,6 +254,13 @@ def _entries(targets: Any) -> list[tuple[str, Mapping[str, Any] | None]]:
             f"config.targets is {targets!r}; give a pattern or (pattern, changes) pairs"
         )
     return entries
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return None
 
 
 def _target(target: str) -> Any:

@@ -8,10 +8,9 @@ decides: `find_sites` notes the use, `factored` computes it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,112 +19,7 @@ from jax.extend import core as jex
 from lora_jax import axes
 from lora_jax._compat import run, scan_parts
 from lora_jax.axes import Atom, Dims
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["value", "riders"],
-    meta_fields=["path", "dims", "stack", "dtype", "gone", "casts", "label"],
-)
-@dataclass(frozen=True, eq=False)
-class Tracked:
-    """A parameter on its way through a function.
-
-    `value` is its array in the layout it has here, casts not yet applied (None for a parameter
-    that exists only packed); `riders` are arrays whose leading axes are the `stack` axes that no
-    loop has sliced yet (None: not known, so any axis may be). `gone` are those a loop has sliced,
-    `casts` the dtypes that the function has converted the parameter to, in order.
-    """
-
-    value: Any
-    riders: Any
-    path: str
-    dims: Dims
-    stack: tuple[Atom, ...] | None
-    dtype: Any
-    gone: tuple[Atom, ...] = ()
-    casts: tuple[Any, ...] = ()
-    label: Any = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the parameter here."""
-        return tuple(axes.size_of(axis) for axis in self.dims)
-
-    def moved(self, dims: Dims, change: Callable[[Any], Any]) -> Tracked:
-        """The parameter after a change of layout."""
-        value = None if self.value is None else change(self.value)
-        return replace(self, value=value, dims=dims)
-
-    def read(self) -> Any:
-        """The plain array that the function would have seen."""
-        value = self.value
-        for dtype in self.casts:
-            value = value.astype(dtype)
-        return value
-
-    def leading(self) -> Tracked | None:
-        """With the riders' axis of the first axis in front, so that a loop may slice both."""
-        if len(self.dims[0]) != 1:
-            return None
-        if self.stack is None:
-            return self
-        if self.dims[0][0] not in self.stack:
-            return None
-        at = self.stack.index(self.dims[0][0])
-        return replace(self, riders=jax.tree.map(lambda x: jnp.moveaxis(x, at, 0), self.riders))
-
-    def sliced(self) -> Tracked:
-        """The static part of `leading()` after a loop took one slice of every array."""
-        stack = self.stack
-        if stack is not None:
-            stack = tuple(atom for atom in stack if atom != self.dims[0][0])
-        return replace(self, dims=self.dims[1:], stack=stack, gone=(*self.gone, *self.dims[0]))
-
-
-class Use(NamedTuple):
-    """One product that consumes a parameter: its operation and the atoms in each role."""
-
-    kind: str  # "dense" or "lookup"
-    stack: tuple[Atom, ...]  # batch axes of the product
-    ins: tuple[Atom, ...]
-    outs: tuple[Atom, ...]
-    position: int  # which operand the parameter is
-
-
-class Handler(Protocol):
-    """What to do where a tracked parameter is consumed."""
-
-    def use(self, at: Equation, use: Use, tracked: Tracked) -> list[Any]:
-        """A product with the parameter."""
-        ...
-
-    def other(self, at: Equation) -> list[Any]:
-        """Any operation that has no rule."""
-        ...
-
-
-class Equation(NamedTuple):
-    """An equation, the jaxpr it stands in, and the values of its inputs."""
-
-    jaxpr: Any
-    eqn: Any
-    values: list[Any]
-
-    @property
-    def name(self) -> str:
-        """The name of the operation."""
-        return self.eqn.primitive.name
-
-    @property
-    def tracked(self) -> list[Tracked]:
-        """The inputs that are tracked parameters."""
-        return [value for value in self.values if isinstance(value, Tracked)]
-
-    def plain(self) -> list[Any]:
-        """The equation on plain arrays: tracked inputs as the function would have seen them."""
-        values = [v.read() if isinstance(v, Tracked) else v for v in self.values]
-        return run(self.jaxpr, self.eqn, values)
+from lora_jax.tracked import Equation, Handler, Tracked, Use
 
 
 def interpret(
@@ -149,7 +43,7 @@ def interpret(
 def _step(at: Equation, handler: Handler) -> list[Any]:
     rule = LAYOUT.get(at.name)
     if rule is not None:
-        moved = rule(at.eqn, at.values[0]) if isinstance(at.values[0], Tracked) else None
+        moved = rule(at, at.values[0]) if isinstance(at.values[0], Tracked) else None
         return handler.other(at) if moved is None else [moved]
     if at.name in CONTROL:
         outs = CONTROL[at.name](at, handler)
@@ -165,47 +59,65 @@ def _step(at: Equation, handler: Handler) -> list[Any]:
 # ---- changes of layout ---------------------------------------------------------------------------
 
 
-def _cast(eqn: Any, t: Tracked) -> Tracked:
-    dtype = eqn.params["new_dtype"]
+def _cast(at: Equation, t: Tracked) -> Tracked:
+    dtype = at.eqn.params["new_dtype"]
     return replace(t, dtype=dtype, casts=(*t.casts, dtype))
 
 
-def _transpose(eqn: Any, t: Tracked) -> Tracked:
-    order = eqn.params["permutation"]
+def _transpose(at: Equation, t: Tracked) -> Tracked:
+    order = at.eqn.params["permutation"]
     return t.moved(tuple(t.dims[i] for i in order), lambda x: jnp.transpose(x, order))
 
 
-def _reshape(eqn: Any, t: Tracked) -> Tracked | None:
-    shape = eqn.params["new_sizes"]
-    dims = axes.reshaped(t.dims, shape) if eqn.params["dimensions"] is None else None
+def _reshape(at: Equation, t: Tracked) -> Tracked | None:
+    shape = at.eqn.params["new_sizes"]
+    dims = axes.reshaped(t.dims, shape) if at.eqn.params["dimensions"] is None else None
     return None if dims is None else t.moved(dims, lambda x: x.reshape(shape))
 
 
-def _squeeze(eqn: Any, t: Tracked) -> Tracked:
-    gone = eqn.params["dimensions"]
+def _squeeze(at: Equation, t: Tracked) -> Tracked:
+    gone = at.eqn.params["dimensions"]
     dims = tuple(axis for i, axis in enumerate(t.dims) if i not in gone)
     return t.moved(dims, lambda x: jax.lax.squeeze(x, gone))
 
 
-def _expand(eqn: Any, t: Tracked) -> Tracked | None:
+def _expand(at: Equation, t: Tracked) -> Tracked | None:
     """A broadcast that only adds axes of size one."""
-    shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    shape, kept = at.eqn.params["shape"], at.eqn.params["broadcast_dimensions"]
     dims = tuple(t.dims[kept.index(i)] if i in kept else () for i in range(len(shape)))
     if tuple(axes.size_of(axis) for axis in dims) != tuple(shape):
         return None
     return t.moved(dims, lambda x: x.reshape(shape))
 
 
-def _same(eqn: Any, t: Tracked) -> Tracked:
+def _same(at: Equation, t: Tracked) -> Tracked:
     return t
 
 
-LAYOUT: dict[str, Callable[[Any, Tracked], Tracked | None]] = {
+def _slice(at: Equation, t: Tracked) -> Tracked | None:
+    """One layer of a stack, by an index known to the program (`slice`) or only to its run."""
+    sizes = at.eqn.outvars[0].aval.shape
+    cut = [i for i, size in enumerate(sizes) if size != t.shape[i]]
+    if at.name == "slice":
+        cut = cut or [i for i, size in enumerate(sizes) if size == 1][:1]
+        starts: Sequence[Any] = at.eqn.params["start_indices"]
+    else:
+        starts = at.values[1:]
+    if len(cut) != 1 or sizes[cut[0]] != 1:
+        return None
+    (plain,) = [None] if t.value is None else run(at.jaxpr, at.eqn, [t.value, *at.values[1:]])
+    indexed = t.indexed(cut[0], starts[cut[0]])
+    return None if indexed is None else replace(indexed, value=plain)
+
+
+LAYOUT: dict[str, Callable[[Equation, Tracked], Tracked | None]] = {
     "convert_element_type": _cast,
     "transpose": _transpose,
     "reshape": _reshape,
     "squeeze": _squeeze,
     "broadcast_in_dim": _expand,
+    "slice": _slice,
+    "dynamic_slice": _slice,
     "copy": _same,
     "copy_p": _same,
     "name": _same,
@@ -262,6 +174,16 @@ def _inside(closed: Any, handler: Handler, scope: str = "") -> Callable[..., lis
     return function
 
 
+def _closed(closed: Any, handler: Handler) -> Callable[..., list[Any]]:
+    """As `_inside`, with plain arrays as outputs."""
+    function = _inside(closed, handler)
+    return lambda *args: [_output(out, handler) for out in function(*args)]
+
+
+def _output(out: Any, handler: Handler) -> Any:
+    return handler.output(out) if isinstance(out, Tracked) else out
+
+
 def _jit(at: Equation, handler: Handler) -> list[Any]:
     scope = f"jit({at.eqn.params['name']})"
     return _inside(at.eqn.params["jaxpr"], handler, scope)(*at.values)
@@ -280,7 +202,7 @@ def _checkpoint(at: Equation, handler: Handler) -> list[Any]:
 
 def _cond(at: Equation, handler: Handler) -> list[Any] | None:
     index, *operands = at.values
-    branches = [_inside(branch, handler) for branch in at.eqn.params["branches"]]
+    branches = [_closed(branch, handler) for branch in at.eqn.params["branches"]]
     return jax.lax.switch(index, branches, *operands)
 
 
@@ -293,15 +215,23 @@ def _scan(at: Equation, handler: Handler) -> list[Any] | None:
     fixed = {i: value for i, value in enumerate(starts) if _stays(i, value, scan.consts)}
     body = _inside(scan.body, handler)
     moving = [i for i in range(scan.consts, len(starts)) if i not in fixed]
+    looped = {x.path: x.dims[0][0] for x in xs if isinstance(x, Tracked)}
+
+    def emitted(out: Any) -> Any:
+        """A slice of a stacked parameter is stacked again; any other parameter is read."""
+        ours = isinstance(out, Tracked) and out.gone[-1:] == (looped.get(out.path),)
+        return out if ours else _output(out, handler)
 
     def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
         values = dict(fixed) | dict(zip(moving, carry, strict=True))
         slices = [x.sliced() if isinstance(x, Tracked) else x for x in slices]
         outs = body(*(values[i] for i in range(len(starts))), *slices)
-        return [outs[i - scan.consts] for i in moving], outs[scan.carry :]
+        carry = [_output(outs[i - scan.consts], handler) for i in moving]
+        return carry, [emitted(out) for out in outs[scan.carry :]]
 
     last, ys = jax.lax.scan(step, [starts[i] for i in moving], xs, **scan.options)
     final = fixed | dict(zip(moving, last, strict=True))
+    ys = [y.restacked() if isinstance(y, Tracked) else y for y in ys]
     return [*(final[i] for i in range(scan.consts, len(starts))), *ys]
 
 
@@ -327,7 +257,7 @@ def _while(at: Equation, handler: Handler) -> list[Any] | None:
 
     def step(carry: list[Any]) -> list[Any]:
         outs = body(*consts, *full(carry))
-        return [outs[i] for i in moving]
+        return [_output(outs[i], handler) for i in moving]
 
     last = jax.lax.while_loop(
         lambda carry: test(*tests, *full(carry))[0], step, [starts[i] for i in moving]

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from lora_jax import axes, tree
 from lora_jax.axes import View
 from lora_jax.errors import InputError
-from lora_jax.interpret import Equation, Tracked, Use
 from lora_jax.trace import rewrite, split_arrays
+from lora_jax.tracked import Equation, Tracked, Use
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,10 @@ class _Recorder:
             self.others.setdefault(tracked.path, {})[at.name] = None
         return at.plain()
 
+    def output(self, tracked: Tracked) -> Any:
+        self.others.setdefault(tracked.path, {})["output"] = None
+        return tracked.read()
+
     def site(self, path: str, leaf: Any) -> Site:
         """The one matrix view that all uses share; a lookup sets the direction, else the first."""
         found = list(self.uses[path].values())
@@ -195,4 +199,4 @@ def _spell(view: View) -> str:
 
 
 def _is_kernel_like(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)

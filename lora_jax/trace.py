@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax.interpret import Handler, Tracked, interpret
+from lora_jax.interpret import interpret
+from lora_jax.tracked import Handler, Tracked
 
 
 class Split(NamedTuple):
@@ -52,7 +53,7 @@ def rewrite(
     plain = [_abstract(x) if _is_tracked(x) else x for x in split.arrays]
     closed, shape = jax.make_jaxpr(call, return_shape=True)(plain)
     outs = interpret(closed.jaxpr, closed.consts, split.arrays, handler)
-    outs = [x.read() if isinstance(x, Tracked) else x for x in outs]
+    outs = [handler.output(x) if isinstance(x, Tracked) else x for x in outs]
     return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
 

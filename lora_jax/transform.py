@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -14,11 +14,11 @@ from lora_jax import axes, tree
 from lora_jax._compat import source_line
 from lora_jax.adapter import Adapted, adapted, dissolve, is_adapted, lifted
 from lora_jax.errors import InputError
-from lora_jax.interpret import Equation, Tracked, Use
 from lora_jax.method import Arrays, Method
 from lora_jax.operands import PRODUCTS, Operand, Product
 from lora_jax.sites import Site, flipped
 from lora_jax.trace import rewrite
+from lora_jax.tracked import Equation, Tracked, Use
 
 
 def factored(function: Callable[..., Any], materialise: str | Sequence[str] = ()) -> Callable:
@@ -99,14 +99,20 @@ class _Factored:
         with jax.named_scope(label.method.name), _precision(at):
             return [product.result(_compute(label, tracked, product, transposed))]
 
-    def other(self, at: Equation) -> list[Any]:
-        tracked = at.tracked[0]
+    def other(self, at: Equation) -> NoReturn:
         where = source_line(at.eqn)
-        raise InputError(
-            f"'{tracked.path}' is adapted by {tracked.label.method!r}, but the model uses it in "
-            f"'{at.name}'{' at ' + where if where else ''}, which has no factored rule; pass "
-            f"materialise='{tracked.path}' to factored, or leave this path out of the rules"
-        )
+        _refuse(at.tracked[0], f"uses it in '{at.name}'{' at ' + where if where else ''}")
+
+    def output(self, tracked: Tracked) -> Any:
+        _refuse(tracked, "returns it from itself, a branch or a loop")
+
+
+def _refuse(tracked: Tracked, deed: str) -> NoReturn:
+    raise InputError(
+        f"'{tracked.path}' is adapted by {tracked.label.method!r}, but the model {deed}, which has "
+        f"no factored rule; pass materialise='{tracked.path}' to factored, or leave this path out "
+        "of the rules"
+    )
 
 
 def _compute(label: _Label, tracked: Tracked, product: Product, transposed: bool) -> jax.Array:

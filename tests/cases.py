@@ -143,6 +143,27 @@ def loops(key):
     return apply, params, (jax.random.normal(keys[3], (3, 5)),)
 
 
+def indexed_layers(key):
+    """One stack, its layers taken by a Python index, by a traced index, and emitted by a scan."""
+    keys = jax.random.split(key, 3)
+    params = {"a": normal(keys[0], 3, 5, 7), "b": normal(keys[1], 3, 7, 5)}
+
+    def apply(params, x):
+        for i in range(3):
+            x = jnp.tanh(x @ params["a"][i]) @ params["b"][i]
+
+        def again(i, x):
+            a = jax.lax.dynamic_index_in_dim(params["a"], i, keepdims=False)
+            return x + jnp.tanh(x @ a) @ params["b"][2]
+
+        x = jax.lax.fori_loop(0, 3, again, x)
+        layer = lambda x, a: (jnp.tanh(x @ a)[:, :5], a.T)  # noqa: E731
+        x, turned = jax.lax.scan(layer, x, params["a"])
+        return jax.lax.scan(lambda x, t: (x + jnp.tanh(x @ t.T) @ t, None), x, turned)[0]
+
+    return apply, params, (jax.random.normal(keys[2], (2, 5)),)
+
+
 class NnxBlock(nnx.Module):
     def __init__(self, rngs):
         self.norm = nnx.RMSNorm(6, rngs=rngs)
@@ -216,6 +237,7 @@ CASES = [
     Case("experts", experts),
     Case("scanned_experts", scanned_experts),
     Case("loops", loops),
+    Case("indexed_layers", indexed_layers),
     Case("nnx_stack", nnx_stack, targets=r".*/(kernel|embedding)"),
     Case(
         "nnx_stack_remat", lambda key: nnx_stack(key, remat=True), targets=r".*/(kernel|embedding)"

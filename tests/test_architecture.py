@@ -14,12 +14,13 @@ MAY = {
     "axes": set(),
     "_compat": set(),
     "method": set(),
-    "interpret": {"axes", "_compat"},
-    "trace": {"interpret"},
-    "sites": {"axes", "tree", "interpret", "trace"},
+    "tracked": {"axes", "_compat"},
+    "interpret": {"axes", "_compat", "tracked"},
+    "trace": {"interpret", "tracked"},
+    "sites": {"axes", "tree", "trace", "tracked"},
     "adapter": {"tree", "method", "sites"},
-    "operands": {"axes", "_compat", "interpret"},
-    "transform": {"axes", "tree", "_compat", "method", "interpret", "trace", "sites"}
+    "operands": {"axes", "_compat", "tracked"},
+    "transform": {"axes", "tree", "_compat", "method", "tracked", "trace", "sites"}
     | {"adapter", "operands"},
     "methods": {"method"},
     "models": {"io"},

@@ -196,3 +196,64 @@ def test_many_adapters_over_one_base_are_a_vmap():
     for i in range(4):
         alone = forward(jax.tree.map(lambda v, i=i: v[i], population))
         np.testing.assert_allclose(together[i], alone, rtol=2e-5, atol=2e-5)
+
+
+def perturbed(apply, params, rules, *inputs):
+    sites = lj.find_sites(apply, params, *inputs)
+    frozen, trained = lj.attach(jax.random.key(0), params, rules, sites)
+    return lj.bind(frozen, jax.tree.map(lambda v: v + 0.1, trained))
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda p, x: (x @ p["w"], p["w"]),
+        lambda p, x: x @ jax.lax.cond(x.sum() > 0, lambda w: w, lambda w: w * 2, p["w"]),
+    ],
+    ids=["function", "branch"],
+)
+def test_a_kernel_that_leaves_is_refused_and_never_the_base(apply):
+    x = jnp.ones((2, 3))
+    bound = perturbed(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 5))}, {"w": lj.lora(2)}, x)
+    with pytest.raises(lj.InputError, match="materialise='w'"):
+        lj.factored(apply)(bound, x)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5),
+        lj.factored(apply, materialise="w")(bound, x),
+        lj.materialised(apply)(bound, x),
+    )
+
+
+def test_logits_of_a_tied_head_keep_the_type_they_accumulate_in():
+    def apply(params, ids):
+        table = params["table"].astype(jnp.bfloat16)
+        return jnp.einsum("bd,vd->bv", table[ids], table, preferred_element_type=jnp.float32)
+
+    params = {"table": jax.random.normal(jax.random.key(0), (64, 6))}
+    ids = jnp.array([3, 1, 4])
+    sites = lj.find_sites(apply, params, ids)
+    bound = lj.bind(*lj.attach(jax.random.key(0), params, {"table": lj.lora(2)}, sites))
+    fresh = jax.jit(lj.factored(apply))(bound, ids)
+    np.testing.assert_array_equal(fresh, jax.jit(apply)(params, ids))
+
+
+def test_whole_numbers_as_inputs_reach_the_adapter():
+    def apply(params, x):
+        dims = (((1,), (0,)), ((), ()))
+        return jax.lax.dot_general(x, params["w"], dims, preferred_element_type=jnp.float32)
+
+    x = jnp.arange(6).reshape(2, 3)
+    bound = perturbed(apply, {"w": jnp.ones((3, 5))}, {"w": lj.lora(2)}, x)
+    expected = lj.materialised(apply)(bound, x)
+    np.testing.assert_allclose(lj.factored(apply)(bound, x), expected, rtol=1e-5)
+
+
+def test_indices_out_of_range_give_what_the_base_gives():
+    def apply(params, ids):
+        return params["table"].at[ids].get(mode="fill", fill_value=2.0)
+
+    ids = jnp.array([0, 7, 2])
+    bound = perturbed(apply, {"table": jnp.ones((4, 6))}, {"table": lj.lora(2)}, ids)
+    y = lj.factored(apply)(bound, ids)
+    np.testing.assert_array_equal(y[1], np.full(6, 2.0))
+    np.testing.assert_allclose(y, lj.materialised(apply)(bound, ids), rtol=1e-6)

@@ -88,6 +88,8 @@ def read_examples(path: str | Path) -> list[Example]:
             f"cannot tell the format of the data file '{path}' from its suffix; "
             "expected .jsonl (one JSON object a line) or .csv"
         )
+    if not path.is_file():
+        raise InputError(f"no data file '{path}'; give one with config.data.source")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -176,8 +176,15 @@ def _merge_error(card: Card) -> str:
 
 def _how_to_use(base_name: str, card: Card) -> str:
     source = card.get("base") or base_name
-    return _USE.format(base=json.dumps(base_name), source=json.dumps(source))
+    note = "" if source == base_name else _OTHER_BASE
+    return _USE.format(base=json.dumps(base_name), source=json.dumps(source)) + note
 
+
+_OTHER_BASE = """
+
+The adapter was trained, and the results measured, on the weights named under "read from". Weights
+of the same name from elsewhere may differ from them (a quantised file is not its original), and
+the results with them."""
 
 _USE = """With peft and transformers:
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import jax
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lora_jax.errors import InputError
@@ -57,10 +58,19 @@ def save_hf(
         for name, content in (tokenizer.files() if tokenizer else {}).items():
             (part / name).write_text(content, encoding="utf-8")
         # transformers refuses a file that does not say which framework's layout it has.
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        _save(tensors, part / "model.safetensors")
         # It writes for its owner's eyes only; the folder's files should all be alike.
         (part / "model.safetensors").chmod((part / "config.json").stat().st_mode)
     return folder
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as fault:  # its own name for an error of the disk
+        raise OSError(
+            f"cannot write the weights ({fault}); free space or give another folder"
+        ) from None
 
 
 def _tensors(

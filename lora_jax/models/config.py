@@ -124,6 +124,11 @@ def _check_architecture(raw: Mapping[str, Any], where: str) -> None:
             f"{where}: model_type {kind!r} is not supported; only 'llama' decoders are read here "
             "(bring other models as your own apply function)"
         )
+    built = raw.get("architectures")
+    if built and "LlamaForCausalLM" not in built:
+        raise InputError(
+            f"{where}: architecture {built[0]!r} is not supported; only LlamaForCausalLM is"
+        )
     missing = [name for name in _REQUIRED if raw.get(name) is None]
     if missing:
         raise InputError(f"{where}: missing {', '.join(missing)}; the file is not a whole config")

@@ -135,7 +135,7 @@ class Model:
         if length > limit:
             raise InputError(
                 f"{length} tokens are longer than the model's context of {limit}; "
-                "shorten or split the text"
+                "shorten the text, or ask for fewer new ones"
             )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import cli
 from experiments.cli import guarded
 from lora_jax.errors import InputError
 
@@ -79,3 +80,32 @@ def test_ctrl_c():
         raise KeyboardInterrupt
 
     assert guarded(stop) == 130
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("x = 1", "it defines no get_config"),
+        ("def get_config():\n    return 1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_a_config_file_that_does_not_work_is_named(tmp_path, text, message):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"mine\.py' does not work: .*{message}"):
+        cli._config_of(str(path))
+
+
+@pytest.mark.parametrize("words", [["--config="], ["--config"], ["--config", "--config.seed=1"]])
+def test_a_config_flag_without_a_file_is_said(words):
+    with pytest.raises(InputError, match="no config file"):
+        cli._config_path(words)
+
+
+def test_errors_of_the_disk_say_what_to_do(capsys):
+    def full():
+        raise OSError(28, "No space left on device", "runs/x")
+
+    assert cli.guarded(full) == 2
+    assert "the disk is full at 'runs/x'; free space" in capsys.readouterr().err

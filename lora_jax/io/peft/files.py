@@ -114,6 +114,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except SafetensorError as fault:
         message = f"{folder / WEIGHTS} is not a whole safetensors file ({fault}); copy it again"
         raise InputError(message) from None
+    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise InputError(
+            f"{folder / WEIGHTS}: '{broken[0]}' holds numbers that are not finite; the training "
+            "that made it had failed, so use an earlier adapter"
+        )
     return config, keys.plain_names(tensors, str(folder / WEIGHTS))
 
 
