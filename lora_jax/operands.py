@@ -8,6 +8,7 @@ back to the layout of the operation.
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ class Operand:
         return Operand(dropped, self._multiply, self.dtype, self._key)
 
 
-class Product:
+class Product(abc.ABC):
     """A product with a kernel, taken apart: its operand, how to multiply, where the result goes.
 
     `view` reads the kernel in the direction of this use. `operand` is canonical,
@@ -95,13 +96,13 @@ class Product:
         z = jax.ShapeDtypeStruct((array.shape[0], self.view.d_out), array.dtype)
         return jax.linear_transpose(forward, z)(array)[0]
 
+    @abc.abstractmethod
     def narrow(self, array: jax.Array, matrix: jax.Array) -> jax.Array:
         """`array @ matrix` for any matrix `[d_in, k]`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def restored(self, array: jax.Array) -> jax.Array:
         """The canonical operand in the operation's own layout."""
-        raise NotImplementedError
 
 
 class Dense(Product):
