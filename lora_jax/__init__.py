@@ -8,9 +8,27 @@ ever forming an adapted kernel; `merge` gives back plain parameters.
 from lora_jax import tree
 from lora_jax.adapter import Adapted, adapted, attach, bind, merge, summary
 from lora_jax.errors import InputError
+from lora_jax.frameworks import (
+    from_equinox,
+    from_haiku,
+    from_linen,
+    from_linen_stateful,
+    from_nnx,
+    from_nnx_stateful,
+)
 from lora_jax.method import Method
 from lora_jax.methods import dora, full, lora
-from lora_jax.sites import Site, Sites, all_linear, find_sites
+from lora_jax.select import (
+    all_linear,
+    attention,
+    convolutions,
+    embeddings,
+    kernels,
+    mlp,
+    recurrent,
+    recurrent_input,
+)
+from lora_jax.sites import Site, Sites, find_sites
 from lora_jax.transform import factored, materialised
 
 __all__ = [
@@ -22,14 +40,27 @@ __all__ = [
     "adapted",
     "all_linear",
     "attach",
+    "attention",
     "bind",
+    "convolutions",
     "dora",
+    "embeddings",
     "factored",
     "find_sites",
+    "from_equinox",
+    "from_haiku",
+    "from_linen",
+    "from_linen_stateful",
+    "from_nnx",
+    "from_nnx_stateful",
     "full",
+    "kernels",
     "lora",
     "materialised",
     "merge",
+    "mlp",
+    "recurrent",
+    "recurrent_input",
     "summary",
     "tree",
 ]

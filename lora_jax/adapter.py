@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from lora_jax import tree
 from lora_jax.errors import InputError
+from lora_jax.fused import rejoined
 from lora_jax.method import Arrays, Method
+from lora_jax.operands import lifted
 from lora_jax.sites import Site, Sites
 from lora_jax.tree import Rule
 
@@ -50,6 +52,14 @@ class Adapted:
             return self.methods
         return next(method for method in self.methods if method is not None)
 
+    def __jax_array__(self) -> jax.Array:
+        raise InputError(
+            f"'{self.path}' is adapted, so it is no plain array here; run the model's function "
+            "through lora_jax.factored (or materialised), or merge first"
+        )
+
+    __array__ = __rmatmul__ = __matmul__ = lambda self, *_: self.__jax_array__()
+
     def matrices(self) -> tuple[Arrays, Arrays]:
         """`frozen` and `trained` with the kernel as `[*stack, d_in, d_out]`."""
         frozen = {name: value for name, value in self.frozen.items() if name != "idle"}
@@ -62,9 +72,14 @@ class Adapted:
         frozen, trained = self.matrices()
         if self.site is None:
             return self.method.weight(frozen, trained)
-        wide = {n: v.astype(_wide(v.dtype)) if n == "w" else v for n, v in frozen.items()}
-        weight = lifted(self.method.weight, len(self.site.stack))(wide, trained)
+        weight = formed(self.method, self.site.stack, frozen, trained)
         return self.site.view.leaf(weight).astype(self.site.dtype)
+
+
+def formed(method: Method, stack: Sequence[int], frozen: Arrays, trained: Arrays) -> jax.Array:
+    """A method's definition over stack axes, the sum taken in float32 at least."""
+    wide = {n: v.astype(_wide(v.dtype)) if n == "w" else v for n, v in frozen.items()}
+    return lifted(method.weight, stack)(wide, trained)
 
 
 def is_adapted(x: Any) -> bool:
@@ -99,6 +114,8 @@ def attach(
     {'q': {'a': (3, 2), 'b': (2, 5)}}
     """
     key = _typed(key)
+    _check_params(params, sites)
+    params = sites.taken_apart(params)
     leaves = tree.flatten(params)
     chosen = tree.first_match(rules, {path: sites.get(path) for path in leaves})
     nodes: dict[str, Any] = {}
@@ -119,6 +136,10 @@ def bind(frozen: Any, trained: Trained, key: jax.Array | None = None) -> Any:
     """
     key = None if key is None else _typed(key)
     nodes = adapted(frozen)
+    if twice := [path for path, node in nodes.items() if node.trained]:
+        raise InputError(
+            f"'{twice[0]}' is bound already; bind takes the frozen tree that attach returned"
+        )
     if set(nodes) != set(trained):
         missing, surplus = sorted(set(nodes) - set(trained)), sorted(set(trained) - set(nodes))
         raise InputError(
@@ -127,6 +148,14 @@ def bind(frozen: Any, trained: Trained, key: jax.Array | None = None) -> Any:
         )
     bound = {path: _bind(node, trained[path], key) for path, node in nodes.items()}
     return tree.replace(frozen, bound, is_adapted)
+
+
+def check_bound(nodes: Mapping[str, Adapted]) -> None:
+    """Raise InputError for adapted parameters without their trained part."""
+    if loose := [path for path, node in nodes.items() if not node.trained]:
+        raise InputError(
+            f"'{loose[0]}' is not bound: give lora_jax.bind(frozen, trained), not frozen alone"
+        )
 
 
 def merge(frozen: Any, trained: Trained) -> Any:
@@ -141,7 +170,7 @@ def merge(frozen: Any, trained: Trained) -> Any:
 def dissolve(params: Any) -> Any:
     """A bound tree with every `Adapted` node replaced by the array that it stands for."""
     weights = {path: node.weight() for path, node in adapted(params).items()}
-    return tree.replace(params, weights, is_adapted)
+    return rejoined(tree.replace(params, weights, is_adapted))
 
 
 def summary(frozen: Any, trained: Trained) -> str:
@@ -158,18 +187,12 @@ def summary(frozen: Any, trained: Trained) -> str:
     )
 
 
-def lifted(function: Any, depth: int) -> Any:
-    """A function on single matrices, over `depth` leading stack axes."""
-    for _ in range(depth):
-        function = jax.vmap(function)
-    return function
-
-
 def _attach(
     key: jax.Array, path: str, leaf: Any, choice: Chosen, sites: Sites
 ) -> tuple[Adapted, dict[str, Any]]:
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     site = sites.get(path)
+    _check_dtype(path, getattr(leaf, "dtype", None), choice)
     if isinstance(choice, Method) and choice.anywhere:
         frozen, trained = choice.init(key, leaf)
         return Adapted(frozen, {}, None, path, choice, None), trained
@@ -178,7 +201,9 @@ def _attach(
     keys = jax.random.split(key, site.stack)
     w = site.view.matrix(leaf)
     if isinstance(choice, Method):
-        frozen, trained = lifted(_init(choice, site), len(site.stack))(keys, w)
+        choice = choice.at(site) if choice.at else choice
+        frozen, trained = lifted(_init(choice, site), site.stack)(keys, w)
+        trained = _shared(choice, site, trained)
     else:
         frozen, trained = _attach_each(choice, site, keys, w)
         choice = tuple(choice)
@@ -186,6 +211,55 @@ def _attach(
         same = frozen["w"] is w  # keep the caller's own array, not a copy of it
         frozen = frozen | {"w": leaf if same else site.view.leaf(frozen["w"])}
     return Adapted(frozen, {}, None, path, choice, site), trained
+
+
+def _shared(method: Method, site: Site, trained: dict[str, Any]) -> dict[str, Any]:
+    """With one array for all experts where the method says so; its axis stays, of size one."""
+    axes = [i for i, kind in enumerate(site.stacks) if kind in ("experts", "batch")]
+    if method.shared and not axes:
+        raise InputError(
+            f"{method!r} shares {', '.join(method.shared)} between the experts of '{site.path}', "
+            "but it has none; share nothing there"
+        )
+
+    def first(array: jax.Array) -> jax.Array:
+        for axis in axes:
+            array = jax.lax.slice_in_dim(array, 0, 1, axis=axis)
+        return array
+
+    return {n: first(x) if n in method.shared else x for n, x in trained.items()}
+
+
+def _check_params(params: Any, sites: Sites) -> None:
+    """Raise InputError for parameters that are bound already, or that the sites do not know."""
+    if bound := adapted(params):
+        raise InputError(
+            f"'{next(iter(bound))}' is adapted already; attach takes the base's parameters: merge "
+            "first, or attach all rules in one call"
+        )
+    leaves = tree.flatten(params)
+    for path, site in sites.items():
+        if path in sites.parts:
+            continue
+        if path not in leaves:
+            raise InputError(
+                f"params has no '{path}', which the sites were found with; nearest: "
+                f"{tree.nearest(path, leaves)}; find the sites of these parameters"
+            )
+        if tuple(leaves[path].shape) != site.view.shape:
+            raise InputError(
+                f"'{path}' has shape {tuple(leaves[path].shape)}, but {site.view.shape} when the "
+                "sites were found; find the sites of these parameters"
+            )
+
+
+def _check_dtype(path: str, dtype: Any, choice: Any) -> None:
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        kind = "no array" if dtype is None else f"an array of {dtype}"
+        raise InputError(
+            f"'{path}' is {kind}, so {choice!r} cannot train it: only floating-point parameters "
+            "have gradients; leave it out of the rules"
+        )
 
 
 def _check(path: str, choice: Any, site: Site | None, sites: Sites) -> None:
@@ -197,7 +271,13 @@ def _check(path: str, choice: Any, site: Site | None, sites: Sites) -> None:
                 "lora(rank=8), or None to leave the parameter alone"
             )
     if site is None:
-        used = ", ".join(sites.others.get(path, ())) or "nothing"
+        used = ", ".join(sites.others.get(path, ()))
+        if not used:
+            raise InputError(
+                f"'{path}' is never read by apply on the inputs that the sites were found with, so "
+                f"{choice!r} has no matrix to adapt; find the sites with inputs (and flags) that "
+                "use it, or leave it out of the rules"
+            )
         raise InputError(
             f"'{path}' is no kernel (it is used by: {used}), so {choice!r} has no matrix to adapt; "
             "only full() can train it"
@@ -287,6 +367,8 @@ def _stacked(layers: Sequence[dict[str, Any]], stack: tuple[int, ...]) -> dict[s
 
 def _typed(key: jax.Array) -> jax.Array:
     """A typed key; the older uint32 pairs are wrapped."""
+    if not hasattr(key, "dtype"):
+        raise InputError(f"key is {key!r}; give a random key such as jax.random.key(0)")
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 

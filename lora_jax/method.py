@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,9 +30,13 @@ class Method:
     operation is, and `x.dropout(rate)` drops its entries where a key is bound. `apply` is linear in
     `x` and may be left out: then the kernel is formed.
 
-    `hyper` holds the factory's arguments, for printing and for files. `anywhere` marks a method
+    `hyper` holds the arguments of `factory`, for printing and for files. `anywhere` marks a method
     that treats every number alike, so that biases and norms may take it: its functions get the
-    parameter in its own shape. `lookup_init` replaces `init` for embeddings.
+    parameter in its own shape. `lookup_init` replaces `init` for embeddings. `shared` names trained
+    arrays that the experts of a site have in common. `at` may choose another method for a site by
+    what it is (fewer ranks for each of many experts). `additive` says that `apply` on parts of the
+    input axis, each with its rows of the factors, adds up to the whole, all sums over that axis
+    going through `x.total`: then a `shard_map` may split that axis.
 
     Two methods are equal when their functions are: same code, same captured values. So equal
     configurations share one compilation, and an edited function never runs stale code.
@@ -55,11 +60,16 @@ class Method:
     hyper: Mapping[str, Any] = field(default_factory=dict)
     anywhere: bool = False
     lookup_init: Callable[[jax.Array, jax.Array], tuple[Arrays, Arrays]] | None = None
+    shared: tuple[str, ...] = ()
+    at: Callable[[Any], Method] | None = None
+    additive: bool = False
+    factory: Callable[..., Method] | None = None
 
     @functools.cached_property
     def _identity(self) -> Any:
-        functions = (self.init, self.weight, self.apply, self.lookup_init)
-        return self.name, self.anywhere, tuple(identity(function) for function in functions)
+        functions = (self.init, self.weight, self.apply, self.lookup_init, self.at)
+        flags = self.name, self.anywhere, self.shared, self.additive
+        return flags, tuple(identity(function) for function in functions)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Method) and self._identity == other._identity
@@ -68,13 +78,44 @@ class Method:
         return hash(self._identity)
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self.hyper.items())
-        return f"{self.name}({arguments})"
+        """The factory's call, without the arguments that have their defaults but rank and alpha."""
+        usual = inspect.signature(self.factory).parameters if self.factory else {}
+        shown = {
+            name: value
+            for name, value in self.hyper.items()
+            if name in ("rank", "alpha") or name not in usual or value != usual[name].default
+        }
+        return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def same_forward(self, other: Method) -> bool:
         """Whether both compute with their arrays alike, so that they may differ along a stack."""
         pairs = ((self.weight, other.weight), (self.apply, other.apply))
         return self.name == other.name and all(identity(a) == identity(b) for a, b in pairs)
+
+
+def sides(method: Method, lookup: bool) -> tuple[Any, Any]:
+    """Which axes of a method's frozen and trained arrays run along the input and the output side.
+
+    Two trees of tuples with "in", "out" or None an axis, found by asking `init` for two shapes.
+
+    >>> from lora_jax import lora
+    >>> sides(lora(rank=2), False)[1]["b"]
+    (None, 'out')
+    """
+    start = method.lookup_init if lookup and method.lookup_init else method.init
+    key = jax.random.key(0)
+
+    def shapes(d_in: int, d_out: int) -> Any:
+        w = jax.ShapeDtypeStruct((d_in, d_out), jax.numpy.float32)
+        return jax.eval_shape(start, key, w)
+
+    small, tall, broad = shapes(64, 64), shapes(128, 64), shapes(64, 128)
+
+    def names(small: Any, tall: Any, broad: Any) -> tuple[str | None, ...]:
+        sizes = zip(small.shape, tall.shape, broad.shape, strict=True)
+        return tuple("in" if t != s else "out" if b != s else None for s, t, b in sizes)
+
+    return jax.tree.map(names, small, tall, broad)
 
 
 def identity(value: Any, seen: tuple[int, ...] = ()) -> Any:

@@ -7,33 +7,53 @@ output and stack.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax import axes, tree
-from lora_jax.axes import View
+from lora_jax import tree
 from lora_jax.errors import InputError
-from lora_jax.trace import rewrite, split_arrays
-from lora_jax.tracked import Equation, Tracked, Use
+from lora_jax.fused import Fused
+from lora_jax.recorder import Part, Recorder, Seen, flipped, resized
+from lora_jax.table import sites_table
+from lora_jax.tracing import axes
+from lora_jax.tracing.axes import View
+from lora_jax.tracing.rewrite import rewrite, split_arrays
+from lora_jax.tracing.tracked import Tracked
+from lora_jax.tree import Rule
+
+__all__ = ["Part", "Site", "Sites", "find_sites", "flipped"]
 
 
 @dataclass(frozen=True)
 class Site:
     """A parameter used as a kernel: its path, how to read it as matrices, and its uses.
 
-    `view.stack_shape` are the stack axes (scanned layers, experts), `d_in` and `d_out` the two
-    sides of each matrix. `uses` names the operations in the order of the trace: `dense` (a matrix
-    product), `lookup` (an embedding), each with `, transposed` when it runs from `d_out` to `d_in`.
+    `view.stack_shape` are the stack axes and `stacks` what each is: `layers` of a loop, `batch`
+    axes of a product, `experts` of a ragged one, `groups` of a convolution. `d_in` and `d_out` are
+    the two sides of each matrix; a convolution's window belongs to `d_in`. `uses` names the
+    operations in the order of the trace: `dense` (a matrix product), `lookup` (an embedding),
+    `conv`, `ragged`, each with `, transposed` when it runs from `d_out` to `d_in`; `count` says in
+    how many places of the model. `others` are operations on the parameter that are no products
+    with it. `router` is the kernel that chooses among experts: called router or gate, with as many
+    outputs as the model has experts. `role` is `recurrent` or `input` for the kernels of a
+    recurrent cell.
     """
 
     path: str
     dtype: Any
     view: View
     uses: tuple[str, ...]
+    stacks: tuple[str, ...] = ()
+    count: int = 1
+    others: tuple[str, ...] = ()
+    router: bool = False
+    role: str = ""
 
     @property
     def d_in(self) -> int:
@@ -55,15 +75,26 @@ class Site:
         """Whether rows of the parameter are looked up by index, as in an embedding."""
         return "lookup" in self.uses
 
+    @property
+    def experts(self) -> bool:
+        """Whether one product runs over several matrices, each with its own rows."""
+        return "experts" in self.stacks or "batch" in self.stacks
+
 
 class Sites(Mapping[str, Site]):
     """The sites of a model by path. Prints as a table.
 
     `others` tells for every remaining parameter the operations that consume it, () if none does.
+    `parts` are the parameters that are adapted in parts, each a site (or not) of its own.
     """
 
-    def __init__(self, sites: Mapping[str, Site], others: Mapping[str, tuple[str, ...]]) -> None:
-        self._sites, self.others = dict(sites), dict(others)
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        others: Mapping[str, tuple[str, ...]],
+        parts: Mapping[str, Part] | None = None,
+    ) -> None:
+        self._sites, self.others, self.parts = dict(sites), dict(others), dict(parts or {})
 
     def __getitem__(self, path: str) -> Site:
         return self._sites[path]
@@ -77,126 +108,216 @@ class Sites(Mapping[str, Site]):
     def __repr__(self) -> str:
         return self.table()
 
-    def table(self, notes: Mapping[str, str] | None = None) -> str:
-        """The sites as text, one a line; `notes` fills a column `adapted by`."""
-        head = ["path", "use", "in x out", "stack", "parameters"]
-        rows = [_row(site) for site in self.values()]
-        if notes is not None:
-            head.append("adapted by")
-            rows = [[*row, notes.get(row[0], "-")] for row in rows]
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (head, ["-" * width for width in widths], *rows)
-        ]
-        return "\n".join(lines)
+    def table(self, rules: Mapping[Rule, Any] | None = None) -> str:
+        """The sites as text, one a line; `rules`, as `attach` takes them, fill `adapted by`.
+
+        Where several rules match a path, the first wins and the line says which came too late.
+        """
+        return sites_table(self, rules)
+
+    def split(
+        self,
+        pattern: Rule,
+        parts: Mapping[str, int] | Sequence[str],
+        axis: int | None = None,
+    ) -> Sites:
+        """With a fused kernel's parts as sites of their own, `path/name` for each name.
+
+        `parts` gives each part's size along `axis` of the parameter, or only names for equal sizes;
+        `axis` is by default the last one that holds outputs. One kernel for q, k and v:
+        `sites.split(".*/qkv/kernel", {"q": 64, "k": 16, "v": 16})`. Raises InputError when the
+        sizes do not add up or the axis is not whole in the model's products.
+        """
+        chosen = tree.first_match({pattern: True}, self._sites)
+        sites, cuts = dict(self._sites), dict(self.parts)
+        for path in chosen:
+            site = sites.pop(path)
+            for name, part in _cut(site, parts, axis).items():
+                cuts[f"{path}/{name}"] = part
+                view = resized(site.view, part)
+                sites[f"{path}/{name}"] = replace(site, path=f"{path}/{name}", view=view)
+        return Sites(sites, self.others, cuts)
+
+    def taken_apart(self, params: Any) -> Any:
+        """The parameters with a `Fused` node for each one that is adapted in parts."""
+        for leaf in dict.fromkeys(part.leaf for part in self.parts.values()):
+            whole = tree.flatten(params)[leaf]
+            own = [(path, part) for path, part in self.parts.items() if part.leaf == leaf]
+            parts = {
+                path.removeprefix(f"{leaf}/"): jax.lax.slice_in_dim(
+                    whole, part.start, part.stop, axis=part.axis
+                )
+                for path, part in sorted(own, key=lambda item: item[1].start)
+            }
+            params = tree.replace(params, {leaf: Fused(parts, own[0][1].axis)})
+        return params
 
 
 def find_sites(apply: Callable[..., Any], params: Any, *inputs: Any, **keywords: Any) -> Sites:
     """Trace `apply(params, *inputs)` once and tell which parameters are kernels, and how.
 
     Only shapes matter: `params` and `inputs` may be arrays or `jax.ShapeDtypeStruct`s. Arguments
-    that are not arrays (flags, functions) reach `apply` as they are. Raises InputError when one
-    parameter is read as two different matrices.
+    that are not arrays (flags, functions) reach `apply` as they are. A parameter that the model
+    itself takes apart along an axis (`jnp.split` of one kernel for q, k and v) has a site for each
+    part, `path/0:64` and so on. Raises InputError when one parameter is read as two different
+    matrices, and when the function never reads the parameters it is given.
 
     >>> def apply(params, x):
     ...     return jax.nn.relu(x @ params["up"]) @ params["down"].T + params["bias"]
     >>> params = {"up": jnp.ones((3, 7)), "down": jnp.ones((2, 7)), "bias": jnp.ones(2)}
     >>> find_sites(apply, params, jnp.ones((5, 3)))
-    path  use    in x out  stack  parameters
-    ----  -----  --------  -----  ----------
-    down  dense  7 x 2     -      14
-    up    dense  3 x 7     -      21
+    path  operation  in x out  stack  uses  parameters
+    ----  ---------  --------  -----  ----  ----------
+    down  dense      7 x 2     -      1     14
+    up    dense      3 x 7     -      1     21
+    and 1 parameter that is no kernel (sites.others)
     """
     flat = tree.flatten(params)
-    recorder = _Recorder()
+    _check_plain(flat)
+    kernels = {path: leaf for path, leaf in flat.items() if _watched(leaf)}
+    recorder = Recorder({path: tuple(leaf.shape) for path, leaf in kernels.items()})
 
     def watch(path: str, leaf: Any) -> Any:
-        if not _is_kernel_like(leaf):
+        if path not in kernels:
             return leaf
         return Tracked(leaf, (), path, axes.whole(leaf.shape), None, leaf.dtype)
 
     def record(flat: dict[str, Any], inputs: Any, keywords: Any) -> None:
         values = {path: watch(path, leaf) for path, leaf in flat.items()}
-        rewrite(apply, tree.replace(params, values), inputs, keywords, recorder)
+        rewrite(apply, tree.replace(params, values), inputs, keywords, recorder, consts)
 
+    consts: list[Any] = []
     split = split_arrays((flat, inputs, keywords))
     jax.eval_shape(lambda arrays: record(*split.join(arrays)), split.arrays)
-    sites = {p: recorder.site(p, leaf) for p, leaf in flat.items() if p in recorder.uses}
-    others = {p: tuple(recorder.others.get(p, ())) for p in flat if p not in sites}
-    return Sites(sites, others)
+    _check_read(consts, flat, bool(recorder.uses or recorder.others))
+    recorder.settle({path for path, leaf in kernels.items() if not _is_kernel_like(leaf)})
+    parts = _covered(recorder)
+    dtypes = {path: kernels[part.leaf].dtype for path, part in parts.items()}
+    dtypes |= {path: leaf.dtype for path, leaf in kernels.items()}
+    order = {path: i for i, path in enumerate(flat)}  # a model's own, not the alphabet's
+    found = sorted(
+        recorder.uses, key=lambda p: (order[parts[p].leaf if p in parts else p], p not in parts)
+    )
+    sites = _marked(recorder, {path: _site(recorder, path, dtypes[path]) for path in found})
+    taken = {part.leaf for part in parts.values()}
+    rest = [path for path in flat if path not in sites and path not in taken]
+    others = {path: _others(recorder, path, flat[path]) for path in rest}
+    return Sites(sites, others, parts)
 
 
-def all_linear(site: Site) -> bool:
-    """Every kernel that matrix products alone use, an untied output head among them.
+def _site(recorder: Recorder, path: str, dtype: Any) -> Site:
+    view, found = recorder.seen(path)
+    named: dict[Any, str] = {}
+    for seen in found:
+        named = seen.stacks | named
+    stacks = tuple(named.get(atom, "layers") for atom in view.stack)
+    names = tuple(dict.fromkeys(_name(seen, view) for seen in found))
+    others = tuple(recorder.others.get(path, ()))
+    return Site(path, dtype, view, names, stacks, len(found), others)
 
-    Embeddings are left out, tied ones too. PEFT's `all-linear` also leaves out the output head;
-    for that put `{"lm_head/kernel": None}` before this rule.
-    """
-    return not site.lookup
+
+def _others(recorder: Recorder, path: str, leaf: Any) -> tuple[str, ...]:
+    if _watched(leaf):
+        return tuple(recorder.others.get(path, ()))
+    return (f"{leaf.dtype} array" if hasattr(leaf, "dtype") else type(leaf).__name__,)
 
 
-@dataclass
-class _Recorder:
-    """Notes every use of every parameter, computing what the function computes."""
+def _marked(recorder: Recorder, sites: dict[str, Site]) -> dict[str, Site]:
+    """With the routers marked, and the kernels of recurrent cells."""
+    counts = {n for site in sites.values() if site.experts for n in site.stack}
 
-    uses: dict[str, dict[Any, tuple[Use, Tracked]]] = field(default_factory=dict)
-    others: dict[str, dict[str, None]] = field(default_factory=dict)
+    def router(site: Site) -> bool:
+        named = re.search(r"(^|[/_.])(router|gate|gating)([/_.]|$)", site.path.lower())
+        return site.d_out in counts and not site.experts and named is not None
 
-    def use(self, at: Equation, use: Use, tracked: Tracked) -> list[Any]:
-        self.uses.setdefault(tracked.path, {})[id(at.eqn)] = (use, tracked)
-        return at.plain()
+    used = {path: list(recorder.uses[path].values()) for path in sites}
+    cells = {k for uses in used.values() for seen in uses for k in seen.states}
 
-    def other(self, at: Equation) -> list[Any]:
-        for tracked in at.tracked:
-            self.others.setdefault(tracked.path, {})[at.name] = None
-        return at.plain()
+    def role(path: str) -> str:
+        if any(seen.states for seen in used[path]):
+            return "recurrent"
+        return "input" if any(seen.cells & cells for seen in used[path]) else ""
 
-    def output(self, tracked: Tracked) -> Any:
-        self.others.setdefault(tracked.path, {})["output"] = None
-        return tracked.read()
+    return {
+        path: replace(site, router=router(site), role=role(path)) for path, site in sites.items()
+    }
 
-    def site(self, path: str, leaf: Any) -> Site:
-        """The one matrix view that all uses share; a lookup sets the direction, else the first."""
-        found = list(self.uses[path].values())
-        views = [_view(leaf.shape, use, tracked) for use, tracked in found]
-        lead = next(
-            (v for v, (use, _) in zip(views, found, strict=True) if use.kind == "lookup"), views[0]
+
+def _name(seen: Seen, view: View) -> str:
+    return seen.kind if seen.view == view else f"{seen.kind}, transposed"
+
+
+def _covered(recorder: Recorder) -> dict[str, Part]:
+    """The parts that the model takes of parameters, with unnamed rest parts between them."""
+    covered: dict[str, Part] = {}
+    for leaf in dict.fromkeys(part.leaf for part in recorder.parts.values()):
+        own = [part for part in recorder.parts.values() if part.leaf == leaf]
+        size = recorder.shapes[leaf][own[0].axis]
+        marks = sorted({0, size, *(part.start for part in own), *(part.stop for part in own)})
+        runs = [Part(leaf, own[0].axis, low, high) for low, high in pairwise(marks)]
+        if len({part.axis for part in own}) > 1 or not set(own) <= set(runs):
+            raise InputError(
+                f"the model takes overlapping parts of '{leaf}' of shape {recorder.shapes[leaf]}; "
+                "give each part its own parameter, or leave this path out"
+            )
+        covered |= {f"{leaf}/{run.start}:{run.stop}": run for run in runs}
+    return covered
+
+
+def _cut(site: Site, parts: Mapping[str, int] | Sequence[str], axis: int | None) -> dict[str, Part]:
+    shape = site.view.shape
+    if axis is None:
+        axis = max((atom.axis for atom in site.view.outs), default=len(shape) - 1)
+    if not -len(shape) <= axis < len(shape):
+        raise InputError(f"'{site.path}' has {len(shape)} axes; there is no axis {axis} to split")
+    size = shape[axis]
+    if not isinstance(parts, Mapping):
+        parts = dict.fromkeys(parts, size // max(len(parts), 1))
+    if sum(parts.values()) != size or min(parts.values(), default=0) < 1:
+        raise InputError(
+            f"parts {dict(parts)} do not add up to the {size} of axis {axis} of '{site.path}' "
+            f"{shape}; give each part's size"
         )
-        for view, (use, _) in zip(views, found, strict=True):
-            if view != lead and view != flipped(lead):
-                raise InputError(
-                    f"parameter '{path}' of shape {leaf.shape} is read as two different matrices: "
-                    f"{_spell(lead)} and, by a {use.kind} product, {_spell(view)}; give each use "
-                    "its own parameter, or leave this path out"
-                )
-        names = [
-            use.kind if view == lead else f"{use.kind}, transposed"
-            for view, (use, _) in zip(views, found, strict=True)
-        ]
-        return Site(path, leaf.dtype, lead, tuple(dict.fromkeys(names)))
+    ends = pairwise([0, *accumulate(parts.values())])
+    return {
+        name: Part(site.path, axis % len(shape), *end)
+        for name, end in zip(parts, ends, strict=True)
+    }
 
 
-def flipped(view: View) -> View:
-    """The view of the transposed matrix."""
-    return view._replace(ins=view.outs, outs=view.ins)
+def _watched(leaf: Any) -> bool:
+    """Whether a parameter is followed at all, if only to say what uses it."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _view(shape: tuple[int, ...], use: Use, tracked: Tracked) -> View:
-    stack = sorted((*tracked.gone, *use.stack), key=lambda atom: (atom.axis, -atom.stride))
-    return View(tuple(shape), tuple(stack), use.ins, use.outs)
+def _check_plain(flat: Mapping[str, Any]) -> None:
+    for path in flat:
+        if path.endswith(("/frozen/w", "/trained/a", "/trained/b")):
+            raise InputError(
+                f"params is adapted already (it has '{path}'); find the sites of the base's "
+                "parameters, before attach"
+            )
 
 
-def _row(site: Site) -> list[str]:
-    stack = " x ".join(map(str, site.stack)) or "-"
-    size = tree.count(jax.ShapeDtypeStruct(site.view.shape, site.dtype))
-    return [site.path, "; ".join(site.uses), f"{site.d_in} x {site.d_out}", stack, f"{size:,}"]
-
-
-def _spell(view: View) -> str:
-    sides = [[atom.axis for atom in side] for side in (view.stack, view.ins, view.outs)]
-    return "stack {} in {} out {}".format(*sides)
+def _check_read(consts: Sequence[Any], flat: Mapping[str, Any], used: bool) -> None:
+    """Refuse a function that reads arrays of its own where its first argument should serve."""
+    own = {id(leaf): path for path, leaf in flat.items()}
+    remedy = "make them that argument, apply(params, ...): nothing else can be adapted or trained"
+    for const in consts:
+        if id(const) in own and jnp.ndim(const) >= 1:
+            raise InputError(
+                f"apply closes over '{own[id(const)]}' and does not read it from its first "
+                f"argument; {remedy}"
+            )
+    big = [c for c in consts if jnp.ndim(c) >= 2 and _watched(c)]
+    if big and not used:
+        raise InputError(
+            f"apply closes over its parameters ({len(big)} arrays, such as one of shape "
+            f"{jnp.shape(big[0])}) and never reads its first argument; {remedy}"
+        )
 
 
 def _is_kernel_like(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    """A real array with two axes or more: a vector has no low rank to train."""
+    real = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return real and leaf.ndim >= 2

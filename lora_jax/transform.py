@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
-from lora_jax import axes, tree
-from lora_jax._compat import source_line
-from lora_jax.adapter import Adapted, adapted, dissolve, is_adapted, lifted
-from lora_jax.errors import InputError
-from lora_jax.method import Arrays, Method
-from lora_jax.operands import PRODUCTS, Operand, Product
-from lora_jax.sites import Site, flipped
-from lora_jax.trace import rewrite
-from lora_jax.tracked import Equation, Tracked, Use
+from lora_jax import tree
+from lora_jax.adapter import adapted, check_bound, dissolve, is_adapted
+from lora_jax.factoring import Factored, joined_parts, track
+from lora_jax.fused import is_fused, rejoined
+from lora_jax.tracing.rewrite import rewrite
+from lora_jax.tracing.tracked import Followed
 
 
 def factored(function: Callable[..., Any], materialise: str | Sequence[str] = ()) -> Callable:
@@ -47,15 +42,17 @@ def factored(function: Callable[..., Any], materialise: str | Sequence[str] = ()
     @functools.wraps(function)
     def forward(params: Any, *args: Any, **kwargs: Any) -> Any:
         nodes = adapted(params)
+        check_bound(nodes)
         if patterns:
             formed = tree.first_match(dict.fromkeys(patterns), nodes)
             weights = {path: nodes.pop(path).weight() for path in formed}
             params = tree.replace(params, weights, is_adapted)
         if not nodes:
-            return function(params, *args, **kwargs)
-        values = {path: _track(node) for path, node in nodes.items()}
+            return function(rejoined(params), *args, **kwargs)
+        values = {path: track(node) for path, node in nodes.items()}
         params = tree.replace(params, values, is_adapted)
-        return rewrite(function, params, args, kwargs, _Factored())
+        params = jax.tree.map(joined_parts, params, is_leaf=_is_whole)
+        return rewrite(function, params, args, kwargs, Factored())
 
     return forward
 
@@ -69,96 +66,11 @@ def materialised(function: Callable[..., Any]) -> Callable:
 
     @functools.wraps(function)
     def forward(params: Any, *args: Any, **kwargs: Any) -> Any:
+        check_bound(adapted(params))
         return function(dissolve(params), *args, **kwargs)
 
     return forward
 
 
-@dataclass(frozen=True)
-class _Label:
-    """What a tracked parameter carries along: its method and its site."""
-
-    method: Method
-    site: Site
-
-
-@dataclass(frozen=True)
-class _Factored:
-    """Computes each use of a tracked kernel by its method's `apply`."""
-
-    def use(self, at: Equation, use: Use, tracked: Tracked) -> list[Any]:
-        label: _Label = tracked.label
-        view = label.site.view
-        transposed = (use.ins, use.outs) == (view.outs, view.ins)
-        if transposed:
-            view = flipped(view)
-        matches = (use.ins, use.outs) == (view.ins, view.outs)
-        if not matches or set(use.stack) != set(tracked.stack or ()):
-            return self.other(at)
-        product = PRODUCTS[use.kind](at, use.position, tracked, view)
-        with jax.named_scope(label.method.name), _precision(at):
-            return [product.result(_compute(label, tracked, product, transposed))]
-
-    def other(self, at: Equation) -> NoReturn:
-        where = source_line(at.eqn)
-        _refuse(at.tracked[0], f"uses it in '{at.name}'{' at ' + where if where else ''}")
-
-    def output(self, tracked: Tracked) -> Any:
-        _refuse(tracked, "returns it from itself, a branch or a loop")
-
-
-def _refuse(tracked: Tracked, deed: str) -> NoReturn:
-    raise InputError(
-        f"'{tracked.path}' is adapted by {tracked.label.method!r}, but the model {deed}, which has "
-        f"no factored rule; pass materialise='{tracked.path}' to factored, or leave this path out "
-        "of the rules"
-    )
-
-
-def _compute(label: _Label, tracked: Tracked, product: Product, transposed: bool) -> jax.Array:
-    """The method on the canonical operand `[*stack, T, features]`, over the stack."""
-    apply = label.method.apply or _formed(label.method)
-    riders = dict(tracked.riders)
-    if tracked.value is not None:
-        view = label.site.view
-        stack = tuple((atom,) for atom in tracked.stack or ())
-        target = (*stack, view.ins, view.outs)
-        riders["w"] = {"w": axes.regroup(tracked.value, tracked.dims, target)}
-
-    def single(riders: dict[str, Any], array: jax.Array) -> jax.Array:
-        frozen, trained = riders["frozen"] | riders.get("w", {}), riders["trained"]
-        if transposed:
-            return product.transposed(lambda x: apply(frozen, trained, x), array)
-        operand = Operand(array, product.multiply, product.dtype, riders["key"])
-        return apply(frozen, trained, operand)
-
-    return lifted(single, len(tracked.stack or ()))(riders, product.operand)
-
-
-def _formed(method: Method) -> Callable[[Arrays, Arrays, Any], jax.Array]:
-    return lambda frozen, trained, x: x @ method.weight(frozen, trained)
-
-
-def _track(node: Adapted) -> Tracked:
-    assert node.site is not None
-    site = node.site
-    frozen = {name: v for name, v in node.frozen.items() if name not in ("w", "idle")}
-    riders = {"frozen": frozen, "trained": node.trained, "key": node.key}
-    return Tracked(
-        value=node.frozen.get("w"),
-        riders=riders,
-        path=node.path,
-        dims=axes.whole(site.view.shape),
-        stack=site.view.stack,
-        dtype=site.dtype,
-        label=_Label(node.method, site),
-    )
-
-
-def _precision(at: Equation) -> Any:
-    """The product's own precision for the adapter's products too."""
-    precision = at.eqn.params.get("precision")
-    first = precision[0] if isinstance(precision, tuple) else precision
-    if not isinstance(first, jax.lax.Precision):
-        return contextlib.nullcontext()
-    return jax.default_matmul_precision(first.name.lower())
+def _is_whole(node: Any) -> bool:
+    return is_fused(node) or isinstance(node, Followed)

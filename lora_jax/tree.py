@@ -68,7 +68,7 @@ def first_match(rules: Mapping[Rule, T], items: Mapping[str, Any]) -> dict[str, 
     won: dict[str, Rule] = {}
     for path, item in items.items():
         for rule in rules:
-            if _matches(rule, path, item):
+            if matches(rule, path, item):
                 won[path] = rule
                 break
     settled = set(won.values())
@@ -110,7 +110,8 @@ def _part(key: Any) -> str:
     return str(key)
 
 
-def _matches(rule: Rule, path: str, item: Any) -> bool:
+def matches(rule: Rule, path: str, item: Any) -> bool:
+    """Whether a rule matches a path: a pattern the whole path, a predicate its item."""
     if callable(rule):
         return item is not None and bool(rule(item))
     try:
@@ -122,7 +123,7 @@ def _matches(rule: Rule, path: str, item: Any) -> bool:
 
 
 def _explain(rule: Rule, items: Mapping[str, Any], won: Mapping[str, Rule]) -> str:
-    taken = [path for path in items if _matches(rule, path, items[path])]
+    taken = [path for path in items if matches(rule, path, items[path])]
     name = f"predicate {getattr(rule, '__name__', rule)}" if callable(rule) else f"pattern '{rule}'"
     if taken:
         earlier = won[taken[0]]

@@ -11,20 +11,21 @@ ROOT = Path(__file__).parent.parent
 MAY = {
     "errors": set(),
     "tree": set(),
-    "axes": set(),
-    "_compat": set(),
+    "fused": set(),
     "method": set(),
-    "tracked": {"axes", "_compat"},
-    "interpret": {"axes", "_compat", "tracked"},
-    "trace": {"interpret", "tracked"},
-    "sites": {"axes", "tree", "trace", "tracked"},
-    "adapter": {"tree", "method", "sites"},
-    "operands": {"axes", "_compat", "tracked"},
-    "transform": {"axes", "tree", "_compat", "method", "tracked", "trace", "sites"}
-    | {"adapter", "operands"},
+    "frameworks": set(),
+    "tracing": set(),
+    "operands": {"tracing"},
+    "recorder": {"tracing"},
+    "table": {"tree", "sites"},  # sites as a type only
+    "sites": {"tree", "fused", "tracing", "recorder", "table"},
+    "select": {"sites"},
+    "adapter": {"tree", "fused", "method", "operands", "sites"},
+    "factoring": {"fused", "method", "tracing", "operands", "recorder", "sites", "adapter"},
+    "transform": {"tree", "fused", "tracing", "adapter", "factoring"},
     "methods": {"method"},
     "models": {"io"},
-    "data": set(),
+    "data": {"io"},
     "generate": set(),
     "evaluate": {"data"},
     "io": {"tree", "method", "methods", "sites", "adapter", "models"},
@@ -67,7 +68,7 @@ def test_only_the_tests_know_torch_and_only_public_jax_is_used():
                 allowed = file.name == "bench_workers.py"  # times our peer beside us
                 assert allowed or top not in {"torch", "transformers", "peft"}, f"{file}: {name}"
                 assert "jax._src" not in name, f"{file}: {name}"
-                assert "pickle" not in name, f"{file}: {name}"
+                assert top != "pickle", f"{file}: {name}"  # pickletools reads, and runs nothing
 
 
 def test_configs_import_ml_collections_only():

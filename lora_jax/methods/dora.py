@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.method import Arrays, Method
-from lora_jax.methods.lora import check_factors, factors, lookup_factors, scale_of
+from lora_jax.methods.lora import (
+    check_experts,
+    check_factors,
+    factors,
+    fewer_ranks,
+    lookup_factors,
+    scale_of,
+)
 
 
 def dora(
@@ -19,6 +26,8 @@ def dora(
     dropout: float = 0.0,
     detach_norm: bool = True,
     init: str = "kaiming",
+    active_experts: int = 1,
+    share: str = "",
 ) -> Method:
     """Weight-decomposed adaptation: `w' = c * v`, `v = w + s a b`, `c = magnitude / |v|`.
 
@@ -36,6 +45,7 @@ def dora(
     4
     """
     check_factors("dora", rank, alpha, dropout, init)
+    check_experts("dora", active_experts, share, ("a", "b"))
     scale = scale_of(rank, alpha, rslora)
 
     def split(w: jax.Array, a: jax.Array, b: jax.Array) -> tuple[Arrays, Arrays]:
@@ -56,12 +66,12 @@ def dora(
 
     def apply(frozen: Arrays, trained: Arrays, x: Any) -> jax.Array:
         w, a, b = frozen["w"], trained["a"], frozen["scale"] * trained["b"]
-        square = _square_norm(frozen["square_norm"], w, a, b, detach_norm)
+        square = _square_norm(frozen["square_norm"], w, a, b, detach_norm, x.total)
         c = _ratio(trained["magnitude"], square, detach_norm)
         dropped = x.dropout(dropout)
         update = (dropped @ a) @ b.astype(x.dtype)
         y = x @ w
-        c = c.astype(y.dtype)
+        c = x.rows(c.astype(y.dtype))
         return c * (y + update) if dropped is x else y + (c - 1) * (dropped @ w) + c * update
 
     hyper = {
@@ -71,18 +81,31 @@ def dora(
         "dropout": float(dropout),
         "detach_norm": detach_norm,
         "init": init,
+        "active_experts": active_experts,
+        "share": share,
     }
-    return Method("dora", start, weight, apply, hyper, lookup_init=start_lookup)
+    return Method(
+        "dora",
+        start,
+        weight,
+        apply,
+        hyper,
+        lookup_init=start_lookup,
+        shared=(share,) if share else (),
+        at=fewer_ranks(dora, hyper),
+        additive=True,
+        factory=dora,
+    )
 
 
 def _square_norm(
-    square: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, detach: bool
+    square: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, detach: bool, total: Any
 ) -> jax.Array:
     """`|w + a b|^2` of each column from `|w|^2`, without forming `a b`; b comes scaled."""
     if detach:
         a, b = jax.lax.stop_gradient((a, b))
-    cross = jnp.sum((a.T @ w.astype(a.dtype)) * b, axis=0)
-    square = square + 2 * cross + jnp.sum(b * ((a.T @ a) @ b), axis=0)
+    cross = jnp.sum(total(a.T @ w.astype(a.dtype)) * b, axis=0)
+    square = square + 2 * cross + jnp.sum(b * (total(a.T @ a) @ b), axis=0)
     return jnp.maximum(square, 0)  # rounding may go below zero where v nearly cancels w
 
 

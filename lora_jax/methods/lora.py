@@ -23,6 +23,8 @@ def lora(
     dropout: float = 0.0,
     freeze_a: bool = False,
     init: str = "kaiming",
+    active_experts: int = 1,
+    share: str = "",
 ) -> Method:
     """Low-rank adaptation: `y = x w + s (drop(x) a) b`, `a: [d_in, rank]`, `b: [rank, d_out]`.
 
@@ -33,16 +35,23 @@ def lora(
     adapter's input; it acts where `bind` gets a key, and never on lookups. Trains
     `rank (d_in + d_out)` numbers, in float32 at least.
 
+    A mixture of experts has factors for each expert, of rank `max(1, rank // active_experts)`, so
+    that a token which passes `active_experts` of them meets `rank` in all; `s` follows that rank.
+    `share="a"` (or `"b"`) gives all experts of a kernel one such factor: the one that faces the
+    model's width, `a` going in and `b` coming out.
+
     Raises InputError for a rank that is no positive integer, an alpha that is not positive, a
-    dropout outside [0, 1) and an unknown init.
+    dropout outside [0, 1), an unknown init and a factor to share that is not trained.
 
     Sources: Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732 (rsLoRA);
-    Zhang et al. 2023, arXiv:2308.03303 (LoRA-FA).
+    Zhang et al. 2023, arXiv:2308.03303 (LoRA-FA); Schulman et al. 2025, "LoRA Without Regret"
+    (experts).
 
     >>> lora(rank=4, alpha=8)
-    lora(rank=4, alpha=8.0, rslora=False, dropout=0.0, freeze_a=False, init='kaiming')
+    lora(rank=4, alpha=8.0)
     """
     check_factors("lora", rank, alpha, dropout, init)
+    check_experts("lora", active_experts, share, ("b",) if freeze_a else ("a", "b"))
     scale = scale_of(rank, alpha, rslora)
 
     def split(w: jax.Array, a: jax.Array, b: jax.Array) -> tuple[Arrays, Arrays]:
@@ -71,8 +80,31 @@ def lora(
         "dropout": float(dropout),
         "freeze_a": freeze_a,
         "init": init,
+        "active_experts": active_experts,
+        "share": share,
     }
-    return Method("lora", start, weight, apply, hyper, lookup_init=start_lookup)
+    return Method(
+        "lora",
+        start,
+        weight,
+        apply,
+        hyper,
+        lookup_init=start_lookup,
+        shared=(share,) if share else (),
+        at=fewer_ranks(lora, hyper),
+        additive=True,
+        factory=lora,
+    )
+
+
+def fewer_ranks(factory: Callable[..., Method], hyper: dict[str, Any]) -> Any:
+    """The choice of the same method with `rank // active_experts` at sites with experts."""
+    active = hyper["active_experts"]
+    if active == 1:
+        return None
+    smaller = {**hyper, "rank": max(1, hyper["rank"] // active), "active_experts": 1}
+    plain = {**hyper, "active_experts": 1}
+    return lambda site: factory(**(smaller if site.experts else plain))
 
 
 def scale_of(rank: int, alpha: float, rslora: bool) -> float:
@@ -109,6 +141,19 @@ def check_factors(name: str, rank: int, alpha: float, dropout: float, init: str)
     if init not in _DRAWS:
         known = ", ".join(repr(known) for known in _DRAWS)
         raise InputError(f"{name}(init={init!r}): unknown init; give one of {known}")
+
+
+def check_experts(name: str, active: int, share: str, trained: tuple[str, ...]) -> None:
+    """Raise InputError for options on experts that say nothing or what cannot be."""
+    if isinstance(active, bool) or not isinstance(active, int) or active < 1:
+        raise InputError(
+            f"{name}(active_experts={active!r}): how many experts a token passes; give 1 or more"
+        )
+    if share and share not in trained:
+        raise InputError(
+            f"{name}(share={share!r}): only a trained factor can be shared; give one of "
+            f"{', '.join(map(repr, trained))} or ''"
+        )
 
 
 def _kaiming(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

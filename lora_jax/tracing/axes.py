@@ -76,6 +76,11 @@ def size_of(atoms: Sequence[Atom]) -> int:
     return math.prod(atom.size for atom in atoms)
 
 
+def real(atoms: Sequence[Atom]) -> tuple[Atom, ...]:
+    """The atoms of the parameter itself; one of stride 0 only repeats it (a broadcast)."""
+    return tuple(atom for atom in atoms if atom.stride)
+
+
 def joined(atoms: Sequence[Atom]) -> tuple[Atom, ...]:
     """Neighbouring atoms that are halves of one larger atom, joined."""
     out: list[Atom] = []
@@ -95,6 +100,18 @@ def in_order(atoms: Sequence[Atom]) -> tuple[Atom, ...]:
     (Atom(axis=1, stride=1, size=32),)
     """
     return joined(sorted(atoms, key=lambda atom: (atom.axis, -atom.stride)))
+
+
+def halved(atoms: Sequence[Atom], count: int) -> tuple[tuple[Atom, ...], tuple[Atom, ...]] | None:
+    """An axis cut into `count` equal runs: the atoms that choose one, and those inside it.
+
+    >>> halved([Atom(0, 1, 6)], 2)
+    ((Atom(axis=0, stride=3, size=2),), (Atom(axis=0, stride=1, size=3),))
+    """
+    if count == 1:
+        return (), tuple(atoms)
+    parts = _split(list(atoms), (count, size_of(atoms) // count))
+    return None if parts is None else (parts[0], parts[1])
 
 
 def reshaped(dims: Dims, shape: Sequence[int]) -> Dims | None:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax.interpret import interpret
-from lora_jax.tracked import Handler, Tracked
+from lora_jax.tracing.interpret import interpret
+from lora_jax.tracing.tracked import Followed, Handler, bare
 
 
 class Split(NamedTuple):
@@ -38,11 +38,17 @@ def split_arrays(tree: Any) -> Split:
 
 
 def rewrite(
-    function: Callable[..., Any], params: Any, inputs: Any, keywords: Any, handler: Handler
+    function: Callable[..., Any],
+    params: Any,
+    inputs: Any,
+    keywords: Any,
+    handler: Handler,
+    consts: list[Any] | None = None,
 ) -> Any:
-    """`function(params, *inputs, **keywords)` where `params` holds Tracked leaves.
+    """`function(params, *inputs, **keywords)` where `params` holds tracked leaves.
 
     The function is traced once on plain arrays, and its jaxpr evaluated with the tracked ones.
+    `consts` collects the arrays that it closes over.
     """
     split = split_arrays((params, inputs, keywords))
 
@@ -52,8 +58,12 @@ def rewrite(
 
     plain = [_abstract(x) if _is_tracked(x) else x for x in split.arrays]
     closed, shape = jax.make_jaxpr(call, return_shape=True)(plain)
-    outs = interpret(closed.jaxpr, closed.consts, split.arrays, handler)
-    outs = [handler.output(x) if isinstance(x, Tracked) else x for x in outs]
+    if consts is not None:
+        consts.extend(closed.consts)
+    own = len(split_arrays(params).arrays)
+    given = handler.given(split.arrays[own:])
+    outs = bare(interpret(closed.jaxpr, closed.consts, [*split.arrays[:own], *given], handler))
+    outs = [handler.output(x) if isinstance(x, Followed) else x for x in outs]
     return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
 
@@ -64,13 +74,13 @@ class _Marker:
 _ARRAY = _Marker()
 
 
-def _abstract(tracked: Tracked) -> jax.ShapeDtypeStruct:
+def _abstract(tracked: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tracked.shape, tracked.dtype)
 
 
 def _is_tracked(x: Any) -> bool:
-    return isinstance(x, Tracked)
+    return isinstance(x, Followed)
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Tracked)
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Followed)

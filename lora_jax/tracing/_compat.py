@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
 from jax.extend import core as jex
+from jax.extend import source_info_util
 
-_OURS = (sysconfig.get_paths()["purelib"], str(Path(__file__).parent), "<frozen")
+_OURS = (sysconfig.get_paths()["purelib"], str(Path(__file__).parent.parent), "<frozen")
 
 
 class Scan(NamedTuple):
@@ -32,6 +34,33 @@ def scan_parts(eqn: Any) -> Scan:
         consts, carry = params["num_consts"], params["num_carry"]
     options = {name: params[name] for name in ("reverse", "length", "unroll")}
     return Scan(consts, carry, params["jaxpr"], options)
+
+
+class ShardMap(NamedTuple):
+    """The parts of a shard_map equation: its body, mesh, specs and options."""
+
+    body: Any
+    mesh: Any
+    in_specs: tuple[Any, ...]
+    out_specs: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def shard_map_parts(eqn: Any) -> ShardMap:
+    """The parts of a shard_map; the name of its manual axes differs between versions."""
+    params = eqn.params
+    manual = params.get("newly_manual_axes", params.get("manual_axes"))
+    options = {"axis_names": set(manual), "check_vma": params["check_vma"]}
+    specs = tuple(params["in_specs"]), tuple(params["out_specs"])
+    return ShardMap(params["jaxpr"], params["mesh"], *specs, options)
+
+
+@contextmanager
+def at_source(eqn: Any) -> Iterator[None]:
+    """What is traced here gets an equation's scope and source line, so profiles stay readable."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack):
+        yield
 
 
 def run(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:

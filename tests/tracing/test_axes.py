@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax import axes
+from lora_jax.tracing import axes
 
 
 @st.composite

@@ -1,0 +1,1 @@
+"""Following parameters through a traced function to the products that use them."""
