@@ -34,7 +34,7 @@ def read_reviews(sdist: str | Path, *, threshold: float = 0.5) -> list[Example]:
     or its table is missing, empty or garbled.
     """
     examples = []
-    for rating, text in _rows(_table(Path(sdist)), Path(sdist)):
+    for rating, text in rated_texts(sdist, _TABLE):
         if abs(rating) > threshold:
             examples.append(Example(PROMPT.format(text=text), POSITIVE if rating > 0 else NEGATIVE))
     if not examples:
@@ -44,18 +44,23 @@ def read_reviews(sdist: str | Path, *, threshold: float = 0.5) -> list[Example]:
     return examples
 
 
-def _table(sdist: Path) -> str:
-    """Read the table of ratings out of the archive in the archive."""
+def rated_texts(sdist: str | Path, table: str) -> Iterator[tuple[float, str]]:
+    """Give the mean rating in [-4, 4] and the text of each row of one table of the archive.
+
+    InputError when the archive or the table is missing or garbled.
+    """
+    sdist = Path(sdist)
     try:
         with tarfile.open(sdist) as outer:
             inner = _member(outer, _ARCHIVE, sdist)
             with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-                return _member(archive, _TABLE, sdist).decode("utf-8")
+                rows = _member(archive, table, sdist).decode("utf-8")
     except _GARBLED as error:
         raise InputError(
             f"'{sdist}' is not a readable vaderSentiment source archive ({error}); delete it and "
             "let it be fetched again"
         ) from error
+    return _rows(rows, f"{table} in '{sdist}'")
 
 
 def _member(archive: tarfile.TarFile, name: str, sdist: Path) -> bytes:
@@ -68,7 +73,7 @@ def _member(archive: tarfile.TarFile, name: str, sdist: Path) -> bytes:
     raise InputError(f"'{sdist}' holds no '{name}'; expected {PACKAGE[0]} {PACKAGE[1]}")
 
 
-def _rows(table: str, sdist: Path) -> Iterator[tuple[float, str]]:
+def _rows(table: str, where: str) -> Iterator[tuple[float, str]]:
     """Parse lines of id, mean rating, text, separated by tabs."""
     for number, line in enumerate(table.split("\n"), 1):
         if not line.strip():
@@ -78,6 +83,5 @@ def _rows(table: str, sdist: Path) -> Iterator[tuple[float, str]]:
             yield float(rating), text.strip()
         except ValueError as error:
             raise InputError(
-                f"{_TABLE} in '{sdist}', line {number} is not 'id<TAB>rating<TAB>text': "
-                f"{line[:60]!r}"
+                f"{where}, line {number} is not 'id<TAB>rating<TAB>text': {line[:60]!r}"
             ) from error

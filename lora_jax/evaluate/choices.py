@@ -35,6 +35,20 @@ class Accuracy(NamedTuple):
         """Right answers over all answers."""
         return self.correct / self.total
 
+    @property
+    def name(self) -> str:
+        """What is measured."""
+        return "accuracy"
+
+    @property
+    def value(self) -> float:
+        """The share."""
+        return self.share
+
+    def record(self) -> dict[str, float]:
+        """The accuracy as numbers for a file."""
+        return {"accuracy": self.share, "low": self.low, "high": self.high, "examples": self.total}
+
     def __str__(self) -> str:
         return (
             f"{100 * self.share:.1f} % (95 % interval {100 * self.low:.1f} to "

@@ -29,20 +29,44 @@ class Checkpoint:
     """sha256 of the weight files' bytes."""
 
 
+@dataclass(frozen=True)
+class Names:
+    """How an architecture's parameters are called in its checkpoints."""
+
+    kind: str
+    """The architecture, for messages."""
+    to_hf: Callable[[str, int | None], str]
+    """The tensor name of a path, of one layer if the path is stacked."""
+    ignored: Callable[[str, Checkpoint, int], bool] = lambda name, checkpoint, depth: False
+    """Whether a tensor outside a model of so many layers is rightly left out."""
+
+
 def assemble(
-    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    names: Names | None = None,
 ) -> dict[str, np.ndarray]:
     """Reads the parameters with these paths and shapes, layers stacked, kernels [d_in, d_out].
 
-    Strict: raises InputError that lists missing and surplus tensors and wrong shapes. Layers from
-    the stack's height on are left out, so a model can be cut to its first layers.
+    `names` are a Llama's unless given. Strict: raises InputError that lists missing and surplus
+    tensors and wrong shapes. A Llama's layers from the stack's height on are left out, so that it
+    can be cut to its first ones.
     """
-    _check(checkpoint, shapes)
-    return {path: _read_path(checkpoint, path, shape, dtype) for path, shape in shapes.items()}
+    names = names or LLAMA
+    _check(checkpoint, shapes, names)
+    return {
+        path: _read_path(checkpoint, path, shape, dtype, names.to_hf)
+        for path, shape in shapes.items()
+    }
 
 
 def _read_path(
-    checkpoint: Checkpoint, path: str, shape: tuple[int, ...], dtype: np.dtype
+    checkpoint: Checkpoint,
+    path: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    to_hf: Callable[[str, int | None], str],
 ) -> np.ndarray:
     if not is_stacked(path):
         return _oriented(checkpoint.read(to_hf(path, None)), path).astype(dtype, order="C")
@@ -57,7 +81,9 @@ def _oriented(tensor: np.ndarray, path: str) -> np.ndarray:
     return tensor.T if is_transposed(path) else tensor
 
 
-def _expected(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _expected(
+    shapes: Mapping[str, tuple[int, ...]], to_hf: Callable[[str, int | None], str]
+) -> dict[str, tuple[int, ...]]:
     expected: dict[str, tuple[int, ...]] = {}
     for path, shape in shapes.items():
         layers = range(shape[0]) if is_stacked(path) else [None]
@@ -67,8 +93,8 @@ def _expected(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
     return expected
 
 
-def _check(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    expected, found = _expected(shapes), checkpoint.shapes
+def _check(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], names: Names) -> None:
+    expected, found = _expected(shapes, names.to_hf), checkpoint.shapes
     depth = next(shape[0] for path, shape in shapes.items() if is_stacked(path))
     wrong = [
         f"{name} is {list(found[name])}, should be {list(shape)}"
@@ -76,7 +102,9 @@ def _check(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Non
         if name in found and tuple(found[name]) != shape
     ]
     surplus = [
-        name for name in found if name not in expected and not _ignored(name, checkpoint, depth)
+        name
+        for name in found
+        if name not in expected and not names.ignored(name, checkpoint, depth)
     ]
     faults = {
         "missing": [name for name in expected if name not in found],
@@ -84,10 +112,10 @@ def _check(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Non
         "wrong shape": wrong,
     }
     if any(faults.values()):
-        listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
+        listed = "; ".join(f"{fault}: {_some(at)}" for fault, at in faults.items() if at)
         raise InputError(
             f"{checkpoint.where} does not hold what its configuration says.\n{listed}.\n"
-            "Use a whole, unmodified checkpoint of a Llama model."
+            f"Use a whole, unmodified checkpoint of a {names.kind} model."
         )
 
 
@@ -109,3 +137,6 @@ def _ignored(name: str, checkpoint: Checkpoint, depth: int) -> bool:
 def _some(names: list[str]) -> str:
     more = len(names) - _LISTED
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+LLAMA = Names("Llama", to_hf, _ignored)

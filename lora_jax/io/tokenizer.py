@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
@@ -44,6 +45,25 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; with what the tokenizer itself puts around it, such as a first <s>."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def rows(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [B, T] int32, padded on the right, and a mask [B, T] that is True at tokens.
+
+        T is the longest text's, at most `length`: a longer text is cut before its closing token.
+        """
+        room = length - self.backend.num_special_tokens_to_add(False)
+        if room < 1:
+            raise InputError(f"length={length} leaves no room beside the special tokens; raise it")
+        if not texts or isinstance(texts, str):
+            raise InputError(f"rows of {texts!r}; give a list of one text or more")
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        for encoding in encodings:
+            encoding.truncate(room)
+        found = [self.backend.post_process(encoding).ids for encoding in encodings]
+        mask = np.arange(max(map(len, found))) < np.array([[len(row)] for row in found])
+        ids = np.full(mask.shape, self.pad_id or 0, np.int32)
+        ids[mask] = np.concatenate(found)
+        return ids, mask
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids."""
@@ -97,6 +117,9 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer | None:
     # The package raises bare Exception for any fault in the file.
     except Exception as fault:
         raise InputError(f"{file} is not a tokenizer ({fault}); fetch it again") from None
+    # Rows are cut and filled up by who asks for them; a file may hold another's choice.
+    backend.no_truncation()
+    backend.no_padding()
     beside = folder / "tokenizer_config.json"
     config = read_json(beside) if beside.is_file() else {}
     named = {

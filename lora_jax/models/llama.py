@@ -5,6 +5,7 @@ L layers, V vocabulary. Kernels are [d_in, d_out] and meet their input as `x @ k
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models.config import LlamaConfig
+from lora_jax.models.layers import Embed, Linear, attend, stacked
 from lora_jax.models.rope import rotate, rotations
 
 Rotations: TypeAlias = tuple[jax.Array, jax.Array]
@@ -22,8 +24,6 @@ Layer: TypeAlias = Callable[[jax.Array, nnx.State], tuple[jax.Array, None]]
 REMATS = ("none", "projections", "layers")
 
 _PROJECTION = "projection"  # the name of outputs that remat="projections" keeps
-
-_normal = nnx.initializers.normal(0.02)
 
 
 class Cache(NamedTuple):
@@ -44,32 +44,6 @@ class Cache(NamedTuple):
     """[] int32: the slot written next"""
 
 
-class Linear(nnx.Module):
-    """y = x @ kernel (+ bias), in the dtype of x; kernel [d_in, d_out]."""
-
-    def __init__(self, d_in: int, d_out: int, *, bias: bool, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Param(_normal(rngs.params(), (d_in, d_out), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((d_out,), jnp.float32)) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`x` [..., d_in] -> [..., d_out]."""
-        y = x @ self.kernel[...].astype(x.dtype)
-        if self.bias is None:
-            return y
-        return y + jax.lax.broadcast(self.bias[...].astype(x.dtype), y.shape[:-1])
-
-
-class Embed(nnx.Module):
-    """A table of token vectors [V, D]."""
-
-    def __init__(self, vocab: int, width: int, *, rngs: nnx.Rngs) -> None:
-        self.embedding = nnx.Param(_normal(rngs.params(), (vocab, width), jnp.float32))
-
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """`ids` [B, T] -> rows [B, T, D], in the table's dtype."""
-        return jnp.take(self.embedding[...], ids, axis=0)
-
-
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale, the mean in float32 (Zhang and Sennrich 2019, eq. 4)."""
 
@@ -83,21 +57,6 @@ class RMSNorm(nnx.Module):
         mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         unit = (wide * jax.lax.rsqrt(mean + self.eps)).astype(x.dtype)
         return unit * jax.lax.broadcast(self.scale[...].astype(x.dtype), x.shape[:-1])
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention with grouped heads: head h reads kv head h // (H/K).
-
-    q [B, T, H, d], k and v [B, S, K, d], mask [B or 1, T, S] (True: may look) -> [B, T, H * d].
-    Scores and softmax are float32. A query that may look nowhere (padding) gets the plain mean.
-    """
-    batch, time, heads, size = q.shape
-    kv_heads = k.shape[2]
-    grouped = q.reshape(batch, time, kv_heads, heads // kv_heads, size)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * size**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, time, heads * size)
 
 
 def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -222,14 +181,9 @@ class Llama(nnx.Module):
         dtype: jax.typing.DTypeLike = jnp.float32,
         remat: str = "none",
     ) -> None:
-        @nnx.split_rngs(splits=config.num_hidden_layers)
-        @nnx.vmap(in_axes=0, out_axes=0, axis_size=config.num_hidden_layers)
-        def stacked(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs=rngs)
-
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         self.embed = Embed(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = stacked(rngs)
+        self.layers = stacked(partial(Block, config), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         head = (config.hidden_size, config.vocab_size)
         self.lm_head = None if config.tie_word_embeddings else Linear(*head, bias=False, rngs=rngs)
