@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
@@ -129,15 +128,13 @@ def ratios(records: list[dict[str, Any]]) -> list[str]:
 
 def define_flags() -> None:
     """Define --config and --out."""
-    config_flags.DEFINE_config_file("config", None, "Such as configs/bench_step.py")
+    cli.define_config("configs/bench_step.py")
     flags.DEFINE_string("out", "runs/bench_step.json", "Where the measurements go.")
 
 
 def main() -> None:
     """Run the config of the command line."""
-    if flags.FLAGS.config is None:
-        raise InputError("give a config: --config=configs/bench_step.py")
-    options = flags.FLAGS.config.to_dict()
+    options = cli.read_config()
     if not _has_peft():
         print("peft is not installed, so it is left out: pip install 'lora-jax[parity]'")
     records = bench(options)

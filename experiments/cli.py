@@ -1,19 +1,22 @@
 """What every command line shares: flags, one line for a user's mistake, and the compile cache."""
 
+import ast
 import errno
 import os
+import re
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from experiments.settings import flat_keys, unknown_key
+from experiments.settings import check_type, flat_keys, plain, set_key, unknown_key
 from lora_jax.errors import InputError
+
+flags.disclaim_key_flags()  # --help lists what is defined here under the command that asks for it
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -63,9 +66,37 @@ def _explained(error: OSError) -> str:
     return str(error)
 
 
+def define_config(example: str) -> None:
+    """Define --config=FILE; `--config.KEY=VALUE` and `--noconfig.KEY` then change one key."""
+    flags.DEFINE_string("config", None, f"What to run: {example}; --config.KEY=VALUE changes it.")
+    flags.DEFINE_multi_string("override", [], "KEY=VALUE: what --config.KEY=VALUE stands for.")
+
+
+def read_config(known: Callable[[Any], Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """Run the config file of the command line and lay the command line's own keys over it.
+
+    `known(config)` gives the keys that there are, with their defaults; without it, those of the
+    file. InputError for a file that is not there or does not work, and for an unknown key.
+    """
+    path = flags.FLAGS.config
+    if path is None:
+        raise InputError("give a config, such as --config=configs/quickstart.py")
+    if not Path(path).is_file():
+        raise InputError(f"no config file '{path}'; give one such as configs/quickstart.py")
+    config = _config_of(path)
+    pairs = [word.partition("=")[::2] for word in flags.FLAGS.override]
+    for key, text in sorted(pairs, key=lambda pair: pair[0] != "task"):  # the task has the keys
+        defaults = {**flat_keys(config), **(known(config) if known else {})}
+        if key not in defaults:
+            raise unknown_key(key, defaults, f"'{path}'")
+        value = text if isinstance(defaults[key], str) else _literal(text)
+        set_key(config, key, check_type(key, value, defaults[key]))
+    return config
+
+
 def config_stem() -> str:
     """Return the name of the config file given on the command line, without its suffix."""
-    return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    return Path(flags.FLAGS.config).stem
 
 
 def use_huge_pages() -> None:
@@ -86,13 +117,12 @@ def cache_compilations() -> None:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    """Parse the flags; an unknown one, or an unknown config key, is one line and status 2."""
+    """Parse the flags; an unknown one is one line and status 2."""
     rest: list[str] = []
 
     def parse() -> None:
-        _check_config(argv)
         try:
-            rest.extend(flags.FLAGS(argv))
+            rest.extend(flags.FLAGS(_overrides(argv)))
         except flags.Error as error:
             raise InputError(" ".join(str(error).split())) from error
         if len(rest) > 1:
@@ -103,39 +133,36 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _config_path(words: Sequence[str]) -> str:
-    """Find the file in --config=FILE or --config FILE, the last of them if there are several."""
-    path = ""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, equals, value = word.lstrip("-").partition("=")
-        if word.startswith("-") and name == "config":
-            path = value if equals else following
-    if not Path(path).is_file():
-        raise InputError(f"no config file '{path}'; give one such as configs/quickstart.py")
-    return path
+def _overrides(argv: Sequence[str]) -> list[str]:
+    """Write `--config.KEY=VALUE` as `--override=KEY=VALUE`; no value is true, `--no...` false."""
+    words = []
+    for word in argv:
+        found = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", word, re.DOTALL)
+        if found:
+            negated, key, value = found.groups()
+            value = str(not negated) if value is None else value
+            word = f"--override={key}={value}"
+        words.append(word)
+    return words
 
 
-def _config_of(path: str) -> Any:
+def _literal(text: str) -> Any:
+    """A number, truth or tuple as Python writes it; other text is itself."""
+    text = text.capitalize() if text in ("true", "false") else text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _config_of(path: str) -> dict[str, Any]:
     """Run a config file, which is the user's own program: whatever it raises is named with it."""
     try:
-        return runpy.run_path(path)["get_config"]()
+        get_config = runpy.run_path(path).get("get_config")
+        config = plain(get_config()) if get_config else None
     except Exception as error:
-        reason = "it defines no get_config()" if isinstance(error, KeyError) else repr(error)
-        raise InputError(f"the config file '{path}' does not work: {reason}") from error
-
-
-def _check_config(argv: Sequence[str]) -> None:
-    """Raise InputError for a config file that is not there, or a `--config.key` it does not have.
-
-    The flags' own parser would fail with a traceback.
-    """
-    words = list(argv[1:])
-    settings = [word.lstrip("-").partition("=") for word in words if word.startswith("-")]
-    if "config" not in flags.FLAGS or all(name != "config" for name, _, _ in settings):
-        return
-    path = _config_path(words)
-    known = flat_keys(_config_of(path))
-    for name, _, _ in settings:
-        key = name.removeprefix("config.")
-        if key != name and key not in known:
-            raise unknown_key(key, known, f"'{path}'")
+        raise InputError(f"the config file '{path}' does not work: {error!r}") from error
+    if not isinstance(config, dict):
+        fault = "get_config() returns no ConfigDict" if get_config else "it defines no get_config()"
+        raise InputError(f"the config file '{path}' does not work: {fault}")
+    return config

@@ -35,7 +35,7 @@ def merge(opened: Opened, out: str | Path, dtype: str = "float32") -> float:
     merged = jax.tree.map(lambda w: w.astype(dtype), lj.merge(frozen, trained))
     length = min(32, model.config.max_position_embeddings)
     ids = jax.random.randint(jax.random.key(0), (1, length), 0, model.config.vocab_size)
-    error = merge_error(model, frozen, trained, merged, ids)
+    error = merge_error(model.apply, frozen, trained, merged, (ids,))
     save_hf(out, merged, model.config, model.tokenizer)
     return error
 

@@ -9,7 +9,9 @@ from absl import flags
 
 import lora_jax as lj
 from lora_jax.errors import InputError
+from lora_jax.io import native
 from lora_jax.io.folder import read_json
+from lora_jax.io.native import load_adapter
 from lora_jax.io.peft import load_peft
 from lora_jax.io.peft.files import CONFIG, NOTES
 from lora_jax.models import load
@@ -48,7 +50,8 @@ def open_adapter(folder: str | Path, base: str | None = None) -> Opened:
     model = load(source)
     sites = lj.find_sites(model.apply, model.params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     fingerprint = model.source.fingerprint if model.source else None
-    frozen, trained = load_peft(folder, model.params, sites, base_fingerprint=fingerprint)
+    read = load_adapter if (folder / native.WEIGHTS).exists() else load_peft
+    frozen, trained = read(folder, model.params, sites, base_fingerprint=fingerprint)
     return Opened(model, frozen, trained)
 
 
@@ -59,7 +62,8 @@ def _base_of(folder: Path) -> str:
     notes = read_json(folder / NOTES) if (folder / NOTES).exists() else {}
     if source := (notes.get("provenance") or {}).get("source"):
         return source
-    name = read_json(folder / CONFIG).get("base_model_name_or_path")
+    ours = (folder / native.WEIGHTS).exists()
+    name = None if ours else read_json(folder / CONFIG).get("base_model_name_or_path")
     if not name:
         raise InputError(f"'{folder}' does not say what its base is; give it with --base")
     if Path(name).exists():

@@ -16,16 +16,20 @@ from lora_jax.train.step import Batch, StepInfo, TrainState
 
 
 class Progress(NamedTuple):
-    """What is known after a step. `tokens_per_second` counts real tokens, without padding."""
+    """What is known after a step; `per_second` counts `unit`: tokens without padding, or examples.
+
+    A batch with a "mask" is one of tokens.
+    """
 
     step: int
     steps: int
     loss: float
     learning_rate: float
     grad_norm: float
-    tokens_per_second: float
+    per_second: float
     peak_memory_gb: float | None
     seconds_left: float
+    unit: str = "tokens"
 
 
 class Outcome(NamedTuple):
@@ -122,20 +126,27 @@ class _Clock:
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.started: float | None = None
-        self.tokens = self.count = 0
+        self.seen = self.count = 0
         self.previous = time.perf_counter()
 
     def read(self, index: int, loss: float, norm: float, rate: float, batch: Batch) -> Progress:
         now = time.perf_counter()
-        tokens = int(batch["mask"].sum())
+        size, unit = _size(batch)
         if self.started is None:
-            self.started, speed, pace = now, tokens / (now - self.previous), now - self.previous
+            self.started, speed, pace = now, size / (now - self.previous), now - self.previous
         else:
-            self.tokens, self.count = self.tokens + tokens, self.count + 1
+            self.seen, self.count = self.seen + size, self.count + 1
             elapsed = now - self.started
-            speed, pace = self.tokens / elapsed, elapsed / self.count
+            speed, pace = self.seen / elapsed, elapsed / self.count
         left = pace * (self.steps - index - 1)
-        return Progress(index + 1, self.steps, loss, rate, norm, speed, peak_memory(), left)
+        return Progress(index + 1, self.steps, loss, rate, norm, speed, peak_memory(), left, unit)
+
+
+def _size(batch: Batch) -> tuple[int, str]:
+    """How much a batch holds, and of what."""
+    if "mask" in batch:
+        return int(batch["mask"].sum()), "tokens"
+    return len(next(iter(batch.values()))), "examples"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def describe(progress: Progress) -> str:
     parts = [
         f"step {progress.step}/{progress.steps}",
         f"loss {progress.loss:.3f}",
-        f"{progress.tokens_per_second:,.0f} tokens/s",
+        f"{progress.per_second:,.0f} {progress.unit}/s",
         f"lr {progress.learning_rate:.2e}",
         f"peak {'?' if peak is None else f'{peak:.1f}'} GB",
         f"{_clock(progress.seconds_left)} left",
@@ -65,7 +65,9 @@ def json_lines(path: str | Path) -> Observer:
     path = Path(path)
 
     def observe(progress: Progress) -> None:
-        append(path, {**progress._asdict(), "seconds_left": round(progress.seconds_left, 1)})
+        record = progress._asdict()
+        record[f"{record.pop('unit')}_per_second"] = record.pop("per_second")
+        append(path, {**record, "seconds_left": round(progress.seconds_left, 1)})
 
     return observe
 
@@ -89,7 +91,7 @@ def loss_picture(path: str | Path, losses: Sequence[float], *, title: str = "") 
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="0.75", linewidth=1, label="one batch")
     axes.plot(steps, running_mean(losses), color="C0", label="running mean")
-    axes.set(xlabel="step", ylabel="loss per answer token", title=title)
+    axes.set(xlabel="step", ylabel="loss", title=title)
     axes.legend(frameon=False)
     figure.savefig(path, format="png", dpi=120)
     return True

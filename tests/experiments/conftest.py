@@ -5,9 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny_task
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from experiments import tasks
 from lora_jax import tree
 from lora_jax.io.names import is_stacked, is_transposed, to_hf
 from lora_jax.models.config import LlamaConfig
@@ -109,3 +111,15 @@ def config(llama, tmp_path_factory):
         return settings
 
     return make
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The task "tiny", which is no language model, among those that a config may name."""
+
+    class Entry(tasks.Entry):
+        _module = tiny_task
+
+    monkeypatch.setitem(tasks.TASKS, "tiny", Entry("tiny"))
+    tiny_task.LOADED.clear()
+    return tiny_task

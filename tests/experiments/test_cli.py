@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from experiments import cli
 from experiments.cli import guarded
+from experiments.settings import known_keys
 from lora_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +35,9 @@ def command(*words, cwd, module="experiments.finetune"):
             ["--config.method.rnk=4"],
             "error: unknown key 'method.rnk' in '{}'; nearest: 'method.rank'",
         ),
-        (["--config.method.rank=x"], "error: flag --config.method.rank=x: invalid literal"),
+        (["--config.method.rank=x"], "error: config.method.rank is 'x'; expected int"),
         (["--wrkdir=x"], "error: Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
-        (["--config.method.rank=0", "--workdir=out"], "error: lora(rank=0): "),
+        (["--config.method.rank=0", "--workdir=out"], "error: config.method: lora(rank=0): "),
     ],
 )
 def test_mistakes_on_the_command_line(tmp_path, words, message):
@@ -87,6 +89,7 @@ def test_ctrl_c():
     [
         ("def get_config(:", "SyntaxError"),
         ("x = 1", "it defines no get_config"),
+        ("def get_config():\n    config = {}", "returns no ConfigDict"),
         ("def get_config():\n    return 1 / 0", "ZeroDivisionError"),
     ],
 )
@@ -97,15 +100,61 @@ def test_a_config_file_that_does_not_work_is_named(tmp_path, text, message):
         cli._config_of(str(path))
 
 
-@pytest.mark.parametrize("words", [["--config="], ["--config"], ["--config", "--config.seed=1"]])
-def test_a_config_flag_without_a_file_is_said(words):
-    with pytest.raises(InputError, match="no config file"):
-        cli._config_path(words)
-
-
 def test_errors_of_the_disk_say_what_to_do(capsys):
     def full():
         raise OSError(28, "No space left on device", "runs/x")
 
     assert cli.guarded(full) == 2
     assert "the disk is full at 'runs/x'; free space" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.steps=2.5"], r"config\.train\.steps is 2\.5; expected int"),
+        (["train.clip=high"], r"config\.train\.clip is 'high'; expected float"),
+        (["data.truncate=maybe"], r"config\.data\.truncate is 'maybe'; expected bool"),
+        (["train=3"], r"config\.train is 3; expected a group of keys"),
+        (["train.steps.x=3"], r"unknown key 'train\.steps\.x' in"),
+        (["sead=1"], r"unknown key 'sead' in .*nearest: 'seed'"),
+    ],
+)
+def test_a_wrong_value_on_the_command_line_names_the_key(words, message, overridden):
+    with pytest.raises(InputError, match=message):
+        overridden(*words)
+
+
+@pytest.fixture
+def overridden(tmp_path, monkeypatch):
+    """A short config file, with keys of the command line laid over it."""
+    path = tmp_path / "short.py"
+    lines = ["def get_config():", "    return {'model': {'source': 'x'}, 'targets': ('a', 'b')}"]
+    path.write_text("\n".join(lines))
+
+    def read(*words):
+        argv = cli._overrides(["program", *(f"--config.{word}" for word in words)])
+        given = [word.removeprefix("--override=") for word in argv[1:]]
+        options = SimpleNamespace(config=str(path), override=given)
+        monkeypatch.setattr(cli.flags, "FLAGS", options)
+        return cli.read_config(known_keys)
+
+    return read
+
+
+def test_keys_of_the_command_line_have_the_types_of_the_settings(overridden):
+    words = ["train.clip=2", "model.name=7", "data.truncate", "train.learning_rate=1e-4"]
+    config = overridden(*words, "targets=all_linear", "method.alpha=16")
+    assert config["train"] == {"clip": 2.0, "learning_rate": 1e-4}
+    assert config["model"] == {"source": "x", "name": "7"}
+    assert config["data"] == {"truncate": True}
+    assert config["targets"] == "all_linear" and config["method"] == {"alpha": 16.0}
+    assert overridden("targets=('c',)")["targets"] == ("c",)
+
+
+def test_no_before_a_key_makes_it_false():
+    assert cli._overrides(["p", "--noconfig.data.end"]) == ["p", "--override=data.end=False"]
+
+
+def test_the_tasks_own_keys_may_come_before_its_name(overridden, tiny):
+    config = overridden("data.points=5", "task=tiny")
+    assert config["data"] == {"points": 5} and config["task"] == "tiny"

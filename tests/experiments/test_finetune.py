@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import finetune, opening
-from experiments.finetune import finetune as run
+from experiments import opening
+from experiments import run as running
+from experiments.run import finetune as run
 from lora_jax.errors import InputError
 from lora_jax.io import swap
 
@@ -94,7 +95,7 @@ def test_free_answers_are_measured_by_perplexity(config, tmp_path, capsys):
     task = tmp_path / "free.csv"
     task.write_text("prompt,completion\n" + "\n".join(f"item {n},<{n}>" for n in range(40)))
     result = run(config(data__source=str(task)), tmp_path / "run")
-    assert result.after.logprobs is None
+    assert result.after.details is None
     assert result.after.score.perplexity < result.before.score.perplexity
     assert "perplexity" in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
@@ -109,7 +110,7 @@ def test_divergence_keeps_an_adapter_and_says_so(config, tmp_path, capsys):
 
 
 def test_ctrl_c_keeps_what_was_trained(config, tmp_path, monkeypatch, capsys):
-    plain = finetune.make_step
+    plain = running.make_step
 
     def pressing(*args, **kwargs):
         step = plain(*args, **kwargs)
@@ -121,7 +122,7 @@ def test_ctrl_c_keeps_what_was_trained(config, tmp_path, monkeypatch, capsys):
 
         return pressed
 
-    monkeypatch.setattr(finetune, "make_step", pressing)
+    monkeypatch.setattr(running, "make_step", pressing)
     result = run(config(), tmp_path / "run")
     assert result.outcome.interrupted
     assert result.outcome.step == 2
@@ -133,16 +134,21 @@ def test_ctrl_c_keeps_what_was_trained(config, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method__rank": 0}, "rank=0"),
+        ({"method__rank": 0}, "config.method: lora.rank=0"),
         ({"method__name": "lorra"}, "'lorra'.*nearest: 'lora'"),
         ({"train__stepz": 3}, "unknown key 'train.stepz'.*nearest: 'train.steps'"),
         ({"targets": ".*/qproj/kernel"}, "pattern '.*/qproj/kernel' matches no parameter; nearest"),
-        ({"data__length": 9}, "example .* prompt and .* answer tokens, .* more than the length"),
+        (
+            {"data__length": 9},
+            "^config.data.length: example .* prompt and .* answer tokens, .* more than the length",
+        ),
         ({"data__length": 41}, "config.data.length is 41.*context ends at 40"),
-        ({"data__test": 60}, "leave nothing to train on"),
+        ({"data__test": 60}, "^config.data.dev=6 and test=60 leave nothing to train on"),
         ({"model__source": "nowhere"}, "nowhere"),
         ({"train__batch": 5, "train__accumulate": 2}, "train.batch is 5.*accumulate=2"),
-        ({"train__warmup": 4}, "warmup=4"),
+        ({"train__warmup": 4}, "^config.train.warmup=4"),
+        ({"model__source": ""}, "config.model.source is empty"),
+        ({"targets": "none"}, "config.targets is 'none' and the task 'answers' trains nothing"),
     ],
 )
 def test_bad_input_is_one_message_and_nothing_is_written(config, tmp_path, changes, message):

@@ -9,11 +9,10 @@ import lora_jax as lj
 from experiments.generate import write
 from experiments.merge import merge
 from experiments.opening import open_adapter
-from experiments.saving import save
-from experiments.settings import resolve
 from lora_jax import models
 from lora_jax.errors import InputError
 from lora_jax.generate import Sampling
+from lora_jax.io.peft import save_peft
 
 GREEDY = Sampling()
 
@@ -27,7 +26,13 @@ def adapter(llama, tmp_path_factory):
     rules = {lj.all_linear: lj.lora(rank=3, alpha=6.0)}
     frozen, trained = lj.attach(jax.random.key(0), model.params, rules, sites)
     trained = jax.tree.map(lambda x: x + 0.3, trained)
-    save(folder, model, frozen, trained, {}, resolve({"model": {"source": str(llama)}}))
+    save_peft(
+        folder,
+        frozen,
+        trained,
+        base_name="tiny",
+        provenance={"source": model.source.uri, "fingerprint": model.source.fingerprint},
+    )
     return folder
 
 

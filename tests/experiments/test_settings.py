@@ -5,7 +5,8 @@ from ml_collections import config_dict
 
 import lora_jax as lj
 from configs import quickstart
-from experiments.settings import flat_keys, make_method, make_rules, resolve, unused_options
+from experiments.rules import make_method, make_rules, unused_options
+from experiments.settings import flat_keys, resolve
 from lora_jax.errors import InputError
 
 
@@ -30,7 +31,9 @@ def test_the_quickstart_is_complete_and_known():
         ({"model": {"source": "x", "dtype": "float23"}}, "nearest: 'float32'"),
         ({"evaluate": {"split": "train"}}, "config.evaluate.split is 'train'"),
         ({"data": {"dev": 0}}, "config.data.dev is 0"),
-        ({"model": {}}, "config.model.source is empty"),
+        ({"train": {"b1": 1.0}}, "config.train.b1 is 1.0; give at least 0 and less than 1"),
+        ({"train": {"diverged": 0.5}}, "config.train.diverged is 0.5; give at least 1"),
+        ({"method": {"name": "lora", "alpha": "x"}}, "config.method.alpha is 'x'; expected float"),
     ],
 )
 def test_mistakes_are_named(changes, message):
@@ -63,7 +66,19 @@ def test_a_misspelt_predicate_is_named():
         rules("all_liner")
 
 
-@pytest.mark.parametrize("targets", [(), (("a", {}, 1),)])
+def test_changes_of_a_target_are_held_to_the_methods_options():
+    with pytest.raises(InputError, match=r"unknown key 'rnk' in config\.targets; nearest: 'rank'"):
+        rules(((".*/q", {"rnk": 4}),))
+    with pytest.raises(InputError, match=r"config\.targets: rank is '4'; expected int"):
+        rules(((".*/q", {"rank": "4"}),))
+
+
+def test_none_and_the_predicates_by_name():
+    assert rules("none") == {}
+    assert list(rules("attention")) == [lj.attention] and list(rules("mlp")) == [lj.mlp]
+
+
+@pytest.mark.parametrize("targets", [(), (("a", {}, 1),), 3, (3,), (("a", 3),)])
 def test_targets_without_sense_are_refused(targets):
     with pytest.raises(InputError, match=r"config\.targets is"):
         rules(targets)

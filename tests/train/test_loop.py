@@ -50,7 +50,7 @@ def test_a_run_of_full_length():
     assert [progress.step for progress in seen] == list(range(1, STEPS + 1))
     assert seen[-1].seconds_left == 0.0
     assert seen[0].learning_rate == 0.5
-    assert all(progress.tokens_per_second > 0 for progress in seen)
+    assert all(progress.per_second > 0 for progress in seen)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_values_before_it():

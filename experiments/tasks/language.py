@@ -1,0 +1,62 @@
+"""The base of tasks on text: a language model of the Llama family, by `config.model`."""
+
+import time
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from experiments.settings import Settings, check_choice
+from lora_jax.errors import InputError
+from lora_jax.io.tokenizer import Tokenizer
+from lora_jax.models import load
+from lora_jax.models.model import Model
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Where the base lies and how it computes."""
+
+    source: str = ""
+    name: str = ""
+    """What PEFT shall call it, such as a hub's owner/name."""
+    dtype: str = "float32"
+    """Of the computation; adapters are float32 in any case."""
+    remat: str = "none"
+    """What the backward pass finds kept: all, `projections`, or the inputs of `layers`."""
+
+    def __post_init__(self) -> None:
+        check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("model.remat", self.remat, ("none", "projections", "layers"))
+
+
+def load_model(settings: Settings) -> Model:
+    """Load the base, with float32 parameters and the compute settings of the config."""
+    options = settings.model
+    if not options.source:
+        raise InputError(
+            "config.model.source is empty; give a folder, a .gguf file or a hf:// name"
+        )
+    started = time.perf_counter()
+    model = load(options.source)
+    print(f"loaded {options.source} in {time.perf_counter() - started:.1f} s", flush=True)
+    return model.with_options(dtype=jnp.dtype(options.dtype), remat=options.remat)
+
+
+def tokenizer_of(model: Model, settings: Settings) -> Tokenizer:
+    """The base's tokenizer; InputError when it has none."""
+    if model.tokenizer is None:
+        raise InputError(
+            f"the model '{settings.model.source}' has no tokenizer, which prompts need; put its "
+            "tokenizer.json beside the weights"
+        )
+    return model.tokenizer
+
+
+def check_length(model: Model, settings: Settings) -> None:
+    """Raise InputError when `config.data.length` is beyond the model's context."""
+    length, context = settings.data.length, model.config.max_position_embeddings
+    if length > context:
+        raise InputError(
+            f"config.data.length is {length}, but the model's context ends at {context} tokens; "
+            "lower it"
+        )
