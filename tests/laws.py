@@ -28,7 +28,17 @@ MAIN = ("lora", "dora")  # these meet every case, the others the thorough ones
 THOROUGH = [case for case in CASES if case.thorough]
 ROWS = [(case, name) for name in METHODS for case in CASES if name in MAIN or case.thorough]
 NARROW = [(case, name) for case, name in ROWS if name == "lora" or case.thorough]
-every_row = pytest.mark.parametrize("case, name", ROWS, ids=str)
+
+
+def rows(pairs):
+    """The table as parameters of a test; the methods besides the main two are slow."""
+    slow = {True: (), False: pytest.mark.slow}
+    return pytest.mark.parametrize(
+        "case, name", [pytest.param(*pair, marks=slow[pair[1] in MAIN]) for pair in pairs], ids=str
+    )
+
+
+every_row = rows(ROWS)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -189,7 +199,7 @@ def narrowed(x):
     return x.astype(jnp.bfloat16) if floating else x  # batch statistics stay as they are
 
 
-@pytest.mark.parametrize("case, name", NARROW, ids=str)
+@rows(NARROW)
 def test_a_bfloat16_base_has_float32_adapters(case, name):
     apply, params, inputs, _ = built(case)
     params, inputs = jax.tree.map(narrowed, params), [narrowed(x) for x in inputs]

@@ -18,7 +18,8 @@ class Case:
     """`build(key) -> apply, params, inputs`, the sites that a reader sees, and the rules' targets.
 
     `sites` gives every site's (d_in, d_out, stack, uses). `exact` says that a fresh LoRA leaves the
-    output equal bit for bit, `thorough` that it meets every method and also runs outside jit,
+    output equal bit for bit (elsewhere XLA orders a sum otherwise, once the product is not the last
+    thing done to it), `thorough` that it meets every method and also runs outside jit,
     `narrow` that it computes in bfloat16. A while loop is not `differentiable` backwards.
     """
 

@@ -144,5 +144,6 @@ CASES = [
             "gru/weight_ih": (5, 12, (), DENSE),
             "gru/weight_hh": (4, 12, (), DENSE),
         },
+        exact=False,  # kernel on the left: jax 0.12's CPU backend swaps the product's sides
     ),
 ]

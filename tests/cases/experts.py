@@ -131,6 +131,7 @@ CASES = [
         "scanned_mixture",
         scanned_mixture,
         {"up": (5, 7, (2, 3), RAGGED), "down": (7, 5, (2, 3), RAGGED)},
+        exact=False,  # kernels turned: jax 0.12's CPU backend orders the sum otherwise
     ),
     Case(
         "dispatched",

@@ -80,6 +80,7 @@ CASES = [
         "dot_general_orders",
         dot_general_orders,
         {"right": (15, 7, (), DENSE), "left": (7, 9, (), DENSE)},
+        exact=False,  # kernel on the left: jax 0.12's CPU backend swaps the product's sides
         thorough=True,
     ),
     Case(

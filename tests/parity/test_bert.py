@@ -117,7 +117,7 @@ def test_minilm_tells_near_sentences_from_far_ones():
     np.testing.assert_allclose((vectors @ vectors.T)[0], [1.0, 0.755, -0.105], atol=1e-3)
 
 
-if __name__ == "__main__":  # writes the golden file of tests/models/test_bert.py anew
+if __name__ == "__main__":  # writes the golden file of tests/models/test_bert_network.py anew
     import tempfile
 
     answers = {}
