@@ -155,7 +155,7 @@ DECODERS = [
             **repeated("layers/{}", 2, {"mlp/router/kernel": (12, 3, (), DENSE)}),
         },
         routers=frozenset(f"layers/{i}/mlp/router/kernel" for i in range(2)),
-        exact=False,  # jax 0.10 fuses the experts' loop in another order; equal when nothing fuses
+        exact=False,  # XLA fuses the experts in another order; equal when nothing fuses
     ),
     installed(
         "tunix_gemma3",
