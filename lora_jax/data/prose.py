@@ -2,7 +2,7 @@ r"""Plain text as documents, split so that no paragraph stands on two sides, and
 
 Python's own language reference lies in the standard library, `pydoc_data.topics`: what `help("if")`
 prints, 79 topics and half a million characters, no download. It varies with the Python version.
-A fifth of its text stands in several topics ("specialnames" holds "customization" whole), so a
+A quarter of its text stands in several topics ("specialnames" holds "customization" whole), so a
 split by topic alone would test on paragraphs that were trained on.
 """
 
