@@ -10,7 +10,7 @@ Perplexity on 26,778 tokens of 20 topics (Python 3.11.7's text), read once, and 
 before training:
 
     arm        trained   before    after   95 % interval    ratio   95 % interval     memory
-    lora     2,442,240     37.6     22.3    18.5 to 24.4    0.593   0.557 to 0.608    1.8 GB
+    lora     2,442,240     37.6     22.3    18.5 to 24.4    0.593   0.557 to 0.608    1.7 GB
     full   134,515,008     37.6     22.2    18.2 to 24.5    0.591   0.545 to 0.611    5.1 GB
 
 Both gain on 20 of 20 topics, and they do not differ by what this shows. Intervals draw whole topics

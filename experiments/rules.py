@@ -3,6 +3,7 @@
 import ast
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -111,7 +112,8 @@ def _target(target: str) -> Any:
     """Find the predicate of that name, or take the text as a pattern."""
     if target in TARGETS:
         return TARGETS[target]
+    named = re.fullmatch(r"\w+", target)  # anything else is a pattern
     close = difflib.get_close_matches(target, [*TARGETS, NONE], n=1, cutoff=0.8)
-    if close:
+    if named and close:
         raise InputError(f"config.targets names no predicate '{target}'; nearest: '{close[0]}'")
     return target
