@@ -8,6 +8,7 @@ output and stack.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -153,6 +154,9 @@ class Sites(Mapping[str, Site]):
         return params
 
 
+_ROUTER = re.compile(r"(^|[/_.])(router|gate|gating)([/_.]|$)")
+
+
 def find_sites(apply: Callable[..., Any], params: Any, *inputs: Any, **keywords: Any) -> Sites:
     """Trace `apply(params, *inputs)` once and tell which parameters are kernels, and how.
 
@@ -227,8 +231,15 @@ def _marked(recorder: Recorder, sites: dict[str, Site]) -> dict[str, Site]:
     counts = {n for site in sites.values() if site.experts for n in site.stack}
 
     def router(site: Site) -> bool:
-        named = re.search(r"(^|[/_.])(router|gate|gating)([/_.]|$)", site.path.lower())
-        return site.d_out in counts and not site.experts and named is not None
+        named = _ROUTER.search(site.path.lower())
+        if named is None or site.experts:
+            return False
+        # Experts in a loop that is written out are taken from their stack one by one.
+        beside = [other for p, other in sites.items() if p.startswith(site.path[: named.start()])]
+        own = Counter(site.stack)
+        return site.d_out in counts or any(
+            site.d_out in Counter(other.stack) - own for other in beside if other is not site
+        )
 
     used = {path: list(recorder.uses[path].values()) for path in sites}
     cells = {k for uses in used.values() for seen in uses for k in seen.states}

@@ -131,3 +131,13 @@ def test_one_expert_is_a_dense_layer():
     np.testing.assert_allclose(
         lj.factored(apply)(bound, X), lj.factored(dense)(bound, X), rtol=1e-5
     )
+
+
+def test_the_router_of_experts_taken_one_by_one_is_known():
+    def apply(params, x):
+        scores = jax.nn.softmax(x @ params["moe"]["router"])
+        return sum(scores[:, i : i + 1] * (x @ params["moe"]["up"][i]) for i in range(EXPERTS))
+
+    weights = {"moe": {"router": jnp.ones((D, EXPERTS)), "up": params()["up"]}}
+    sites = lj.find_sites(apply, weights, X)
+    assert [path for path, site in sites.items() if lj.all_linear(site)] == ["moe/up"]

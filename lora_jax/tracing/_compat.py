@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sysconfig
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,15 @@ import jax.core
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
-_OURS = (sysconfig.get_paths()["purelib"], str(Path(__file__).parent.parent), "<frozen")
+
+def _folder(package: str) -> list[str]:
+    spec = importlib.util.find_spec(package)
+    return [str(Path(spec.origin).parent) + "/"] if spec and spec.origin else []
+
+
+_FRAMEWORKS = ("jax", "jaxlib", "flax", "equinox", "haiku", "lora_jax")
+_OURS = ("<frozen", *(folder for name in _FRAMEWORKS for folder in _folder(name)))
+"""Where no line of a user's model lies; a model may well come from a package."""
 
 
 class Scan(NamedTuple):

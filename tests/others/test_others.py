@@ -78,4 +78,4 @@ def test_the_laws_hold(case, name):
         close(factored, materialised, rounding(case, 5e-6))
         assert furthest(factored, fresh[0]) > 1e-2
         close(plain(case)(merged, *inputs), materialised, rounding(case, 5e-6))
-        close(grads, wanted, rounding(case, 3e-5))  # deeper models than those of the cases
+        close(grads, wanted, rounding(case, 6e-5))  # haiku_resnet 3.4e-5; in float64 7e-15
