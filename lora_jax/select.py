@@ -17,7 +17,8 @@ _ATTENTION = re.compile(
 )
 _MLP = re.compile(
     r"(.*[/_.])?(mlp|ffn?|feed_?forward|ffw|intermediate|swiglu|geglu|experts?|moe)([/_.\d].*)?"
-    r"|(.*/)?((gate|up|down|gate_up)_proj|fc_?\d|lin(ear)?_?[12]|w[i123o](_\d)?|gating_einsum|c_fc)(/.*)?"
+    r"|(.*/)?((gate|up|down|gate_up)_proj|fc_?\d|w[i123o](_\d)?|gating_einsum|c_fc)(/.*)?"
+    r"|(?!.*head)(.*/)?lin(ear)?_?[12](/.*)?"
 )
 
 
