@@ -6,7 +6,8 @@ ever forming an adapted kernel; `merge` gives back plain parameters.
 """
 
 from lora_jax import tree
-from lora_jax.adapter import Adapted, adapted, attach, bind, merge, summary
+from lora_jax.adapter import Adapted, adapted, bind, merge, summary
+from lora_jax.attachment import attach
 from lora_jax.errors import InputError
 from lora_jax.frameworks import (
     from_equinox,

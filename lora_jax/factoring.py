@@ -133,8 +133,9 @@ class Factored:
             return None, ()
         view = label.view
         names = {"in": shards.names(view.ins), "out": shards.names(view.outs), None: ()}
-        if names["in"] and not label.method.additive:
-            refuse(tracked, f"splits its input axis over the mesh axes {names['in']}")
+        for side, word in (("in", "input"), ("out", "output")):
+            if names[side] and side not in label.method.splits:
+                refuse(tracked, f"splits its {word} axis over the mesh axes {names[side]}")
         stack = [shards.names((atom,)) for atom in tracked.stack or ()]
 
         def spec(array: Any, own: Sequence[str | None]) -> PartitionSpec:
@@ -144,8 +145,8 @@ class Factored:
         frozen, trained = sides(label.method, label.site.lookup)
         given = tracked.riders
         riders = {
-            "frozen": {n: spec(x, frozen[n]) for n, x in given["frozen"].items()},
-            "trained": {n: spec(x, trained[n]) for n, x in given["trained"].items()},
+            "frozen": {n: spec(x, frozen.get(n, ())) for n, x in given["frozen"].items()},
+            "trained": {n: spec(x, trained.get(n, ())) for n, x in given["trained"].items()},
             "key": None if given["key"] is None else PartitionSpec(*(n or None for n in stack)),
         }
         local = View(view.shape, *(tuple(shards.cut(atom) for atom in side) for side in view[1:]))
@@ -199,6 +200,8 @@ def _compute(
         target = (*product.stack_dims, label.view.ins, label.view.outs)
         riders["w"] = {"w": axes.regroup(tracked.value, tracked.held, target)}
     apply = method.apply or _formed(method)
+    if transposed and method.weight is None:
+        refuse(tracked, "multiplies by its transpose, which a method without a matrix has not")
 
     def single(riders: dict[str, Any], array: jax.Array, base: Any) -> jax.Array:
         frozen, trained = riders["frozen"] | riders.get("w", {}), riders["trained"]
@@ -211,7 +214,9 @@ def _compute(
 
 
 def _formed(method: Method) -> Any:
-    return lambda frozen, trained, x: x @ method.weight(frozen, trained)
+    weight = method.weight
+    assert weight is not None
+    return lambda frozen, trained, x: x @ weight(frozen, trained)
 
 
 def _precision(at: Equation) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 Arrays = dict[str, jax.Array]
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,15 +29,27 @@ class Method:
     functions see one matrix: stacks (scanned layers, experts) come by `vmap`. `x` is an
     `Operand`: `x @ m` is the site's own contraction with `m` in place of the kernel, whatever the
     operation is, and `x.dropout(rate)` drops its entries where a key is bound. `apply` is linear in
-    `x` and may be left out: then the kernel is formed.
+    `x` and may be left out: then the kernel is formed. A method without `weight` has no matrix (it
+    is not linear in `x`): it runs factored only, and cannot be merged.
 
-    `hyper` holds the arguments of `factory`, for printing and for files. `anywhere` marks a method
-    that treats every number alike, so that biases and norms may take it: its functions get the
-    parameter in its own shape. `lookup_init` replaces `init` for embeddings. `shared` names trained
-    arrays that the experts of a site have in common. `at` may choose another method for a site by
-    what it is (fewer ranks for each of many experts). `additive` says that `apply` on parts of the
-    input axis, each with its rows of the factors, adds up to the whole, all sums over that axis
-    going through `x.total`: then a `shard_map` may split that axis.
+    `hyper` holds the arguments of `factory`, for printing and for files. The other fields say what
+    a method is beyond one matrix:
+
+    * `anywhere`: it treats every number alike, so biases and norms may take it, in their own shape.
+    * `lookup_init` replaces `init` for embeddings.
+    * `shared` names trained arrays that the experts of a site have in common.
+    * `at` may choose another method for a site by what it is (fewer ranks where there are experts).
+    * `common(key, shapes) -> frozen, trained` makes arrays that all parameters under equal methods
+      of one `attach` have in common; `shapes` are those parameters' matrices by path. They are
+      stored once and meet the functions among `frozen` and `trained`.
+    * `data` holds, by path, what `init` takes as third argument (gradients, say), stacked as the
+      parameter is; {} says that it is wanted. Without that argument `init` gives the shapes alone.
+    * `rebuild(w, frozen)` gives the frozen arrays that follow from the base's kernel `w`, which
+      files leave out; without it that is the kernel, where `init` hands it on as it is.
+    * `factors(frozen, trained) -> a, b` is the update as a product, `w' = base + a @ b`.
+    * `splits`: which sides of the matrix, "in" and "out", a `shard_map` may split over devices.
+      Over "out", columns of the result follow from the same columns of the arrays; over "in",
+      `apply` on parts of that axis adds up to the whole, with sums over it through `x.total`.
 
     Two methods are equal when their functions are: same code, same captured values. So equal
     configurations share one compilation, and an edited function never runs stale code.
@@ -54,22 +67,31 @@ class Method:
     """
 
     name: str
-    init: Callable[[jax.Array, jax.Array], tuple[Arrays, Arrays]]
-    weight: Callable[[Arrays, Arrays], jax.Array]
+    init: Callable[..., tuple[Arrays, Arrays]]
+    weight: Callable[[Arrays, Arrays], jax.Array] | None = None
     apply: Callable[[Arrays, Arrays, Any], jax.Array] | None = None
     hyper: Mapping[str, Any] = field(default_factory=dict)
     anywhere: bool = False
-    lookup_init: Callable[[jax.Array, jax.Array], tuple[Arrays, Arrays]] | None = None
+    lookup_init: Callable[..., tuple[Arrays, Arrays]] | None = None
     shared: tuple[str, ...] = ()
     at: Callable[[Any], Method] | None = None
-    additive: bool = False
+    common: Callable[[jax.Array, Shapes], tuple[Arrays, Arrays]] | None = None
+    data: Mapping[str, jax.Array] | None = None
+    rebuild: Callable[[jax.Array, Arrays], Arrays] | None = None
+    factors: Callable[[Arrays, Arrays], tuple[jax.Array, jax.Array]] | None = None
+    splits: tuple[str, ...] = ()
     factory: Callable[..., Method] | None = None
 
     @functools.cached_property
     def _identity(self) -> Any:
-        functions = (self.init, self.weight, self.apply, self.lookup_init, self.at)
-        flags = self.name, self.anywhere, self.shared, self.additive
-        return flags, tuple(identity(function) for function in functions)
+        starts = (self.init, self.lookup_init, self.at, self.common, self.data, self.rebuild)
+        return self.forward, tuple(identity(function) for function in starts)
+
+    @functools.cached_property
+    def forward(self) -> Any:
+        """What a compiled program depends on: equal where methods differ in how they start only."""
+        flags = self.name, self.anywhere, self.shared, self.splits
+        return flags, tuple(identity(f) for f in (self.weight, self.apply, self.factors))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Method) and self._identity == other._identity
@@ -86,11 +108,6 @@ class Method:
             if name in ("rank", "alpha") or name not in usual or value != usual[name].default
         }
         return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
-
-    def same_forward(self, other: Method) -> bool:
-        """Whether both compute with their arrays alike, so that they may differ along a stack."""
-        pairs = ((self.weight, other.weight), (self.apply, other.apply))
-        return self.name == other.name and all(identity(a) == identity(b) for a, b in pairs)
 
 
 def sides(method: Method, lookup: bool) -> tuple[Any, Any]:

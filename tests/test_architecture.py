@@ -21,6 +21,7 @@ MAY = {
     "sites": {"tree", "fused", "tracing", "recorder", "table"},
     "select": {"sites"},
     "adapter": {"tree", "fused", "method", "operands", "sites"},
+    "attachment": {"tree", "method", "operands", "sites", "adapter"},
     "factoring": {"fused", "method", "tracing", "operands", "recorder", "sites", "adapter"},
     "transform": {"tree", "fused", "tracing", "adapter", "factoring"},
     "methods": {"method"},
@@ -28,7 +29,7 @@ MAY = {
     "data": {"io"},
     "generate": set(),
     "evaluate": {"data"},
-    "io": {"tree", "method", "methods", "sites", "adapter", "models"},
+    "io": {"tree", "method", "methods", "operands", "sites", "adapter", "attachment", "models"},
     "train": {"tree", "method", "sites", "adapter", "transform", "evaluate"},
 }  # fmt: skip
 

@@ -20,12 +20,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from lora_jax import methods, tree
-from lora_jax.adapter import Adapted, Trained, adapted, attach
+from lora_jax.adapter import Adapted, Trained, adapted, start_of
+from lora_jax.attachment import skeleton
 from lora_jax.errors import InputError
 from lora_jax.io.folder import read_json
 from lora_jax.io.peft.notes import check_base
 from lora_jax.io.swap import swap_folder
 from lora_jax.method import Method
+from lora_jax.operands import lifted
 from lora_jax.sites import Sites
 
 WEIGHTS, NOTES = "adapter.safetensors", "lora_jax.json"
@@ -47,11 +49,7 @@ def save_adapter(
     `fingerprint` (sha256 of the weights) of the base. The folder appears whole or not at all.
     """
     nodes = adapted(frozen)
-    arrays = {
-        f"{path}::{name}": np.asarray(value)
-        for path, node in nodes.items()
-        for name, value in _parts(node, trained[path]).items()
-    }
+    arrays = {name: np.asarray(value) for name, value in _parts(nodes, trained).items()}
     notes = {
         "format": _FORMAT,
         "library": "lora_jax",
@@ -88,49 +86,91 @@ def load_adapter(
     _check(place, {p: r["shape"] for p, r in records.items()}, leaves, "parameters", subset=True)
     known = {name: getattr(methods, name) for name in methods.__all__} | dict(factories or {})
     rules = {re.escape(p): _rebuilt(r["method"], known, place) for p, r in records.items()}
-    frozen, trained = attach(jax.random.key(0), params, rules, sites) if rules else (params, {})
-    nodes = adapted(frozen)
-    fresh = {path: _parts(node, trained[path]) for path, node in nodes.items()}
-    wanted = {f"{path}::{name}": x.shape for path in fresh for name, x in fresh[path].items()}
-    _check(place, wanted, arrays, "arrays")
-    for path, parts in fresh.items():
-        read = {name: jnp.asarray(arrays[f"{path}::{name}"]) for name in parts}
-        nodes[path], trained[path] = _filled(nodes[path], trained[path], read)
-    return tree.replace(frozen, nodes, lambda x: isinstance(x, Adapted)), trained
+    shapes, trained = skeleton(params, rules, sites) if rules else (params, {})
+    nodes = adapted(shapes)
+    wanted = _parts(nodes, trained)
+    _check(place, {name: x.shape for name, x in wanted.items()}, arrays, "arrays")
+    read = {name: jnp.asarray(arrays[name], x.dtype) for name, x in wanted.items()}
+    filled = {path: _filled(path, node, leaves[path], read) for path, node in nodes.items()}
+    for owner in trained:
+        own = _read_for(owner, "trained", trained[owner], read)
+        trained[owner] = own
+    return tree.replace(sites.taken_apart(params), filled), trained
 
 
 def _shape(node: Adapted, trained: dict[str, Any]) -> list[int]:
     """The parameter's own shape."""
     if node.site is not None:
         return list(node.site.view.shape)
+    assert node.method.weight is not None
     return list(jax.eval_shape(node.method.weight, node.frozen, trained).shape)
 
 
-def _parts(node: Adapted, trained: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of one parameter that the base does not have, by name."""
-    return tree.flatten({"frozen": _own(node), "trained": trained})
+def _parts(nodes: Mapping[str, Adapted], trained: Trained) -> dict[str, Any]:
+    """All arrays of an adapter that the base does not have, by name."""
+    frozen = {path: _own(node) for path, node in nodes.items()}
+    pools = {node.pool: node.common for node in nodes.values() if node.common}
+    parts = {(owner, "frozen"): arrays for owner, arrays in (frozen | pools).items()}
+    parts |= {(owner, "trained"): arrays for owner, arrays in trained.items()}
+    return {
+        f"{owner}::{kind}/{name}": array
+        for (owner, kind), arrays in parts.items()
+        for name, array in tree.flatten(arrays).items()
+    }
 
 
-def _filled(
-    node: Adapted, trained: dict[str, Any], values: Mapping[str, Any]
-) -> tuple[Adapted, dict[str, Any]]:
-    parts = tree.replace({"frozen": _own(node), "trained": trained}, values)
-    return replace(node, frozen=node.frozen | parts["frozen"]), parts["trained"]
+def _read_for(owner: str, kind: str, shapes: Any, read: Mapping[str, Any]) -> Any:
+    """The arrays of one owner in place of their shapes."""
+    names = tree.flatten(shapes)
+    return tree.replace(shapes, {name: read[f"{owner}::{kind}/{name}"] for name in names})
+
+
+def _filled(path: str, node: Adapted, leaf: Any, read: Mapping[str, Any]) -> Adapted:
+    """A node with the arrays that were read, and those that follow from the base."""
+    own = _read_for(path, "frozen", _own(node), read)
+    common = _read_for(node.pool, "frozen", node.common, read)
+    return replace(node, frozen=own | _from_base(node, leaf, own), common=common)
+
+
+def _from_base(node: Adapted, leaf: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """The frozen arrays that are not in the file: the kernel, or what the method makes of it."""
+    site, rebuild = node.site, node.method.rebuild
+    if rebuild is None:
+        return {name: leaf for name in node.frozen if name not in own}
+    arrays = {name: x for name, x in own.items() if name != "idle"}
+    if site is None:
+        return rebuild(leaf, arrays)
+    made = lifted(rebuild, site.stack)(site.view.matrix(leaf), arrays)
+    return {n: site.view.leaf(x) if n == "w" else x for n, x in made.items()}
 
 
 def _own(node: Adapted) -> dict[str, Any]:
-    """A node's frozen arrays without the kernel, where that is the base's own."""
-    drop = "w" in node.frozen and _keeps_kernel(node)
-    return {name: x for name, x in node.frozen.items() if not (drop and name == "w")}
+    """A node's frozen arrays without those that follow from the base."""
+    rebuild = node.method.rebuild
+    if rebuild is None:
+        drop = "w" in node.frozen and _keeps_kernel(node)
+        return {name: x for name, x in node.frozen.items() if not (drop and name == "w")}
+    stack = node.site.stack if node.site else ()
+    single = {
+        name: jax.ShapeDtypeStruct(x.shape[len(stack) :], x.dtype)
+        for name, x in node.frozen.items()
+        if name not in ("idle", "w")
+    }
+    made = jax.eval_shape(rebuild, _kernel(node), single)
+    return {name: x for name, x in node.frozen.items() if name not in made}
+
+
+def _kernel(node: Adapted) -> jax.ShapeDtypeStruct:
+    """The kernel as the method sees it."""
+    if node.site is None:
+        return jax.ShapeDtypeStruct(node.frozen["w"].shape, node.frozen["w"].dtype)
+    return jax.ShapeDtypeStruct((node.site.d_in, node.site.d_out), node.site.dtype)
 
 
 def _keeps_kernel(node: Adapted) -> bool:
     """Whether the method freezes the very kernel that it was given, not a residual of it."""
-    assert node.site is not None
-    lookup = node.site.lookup and node.method.lookup_init
-    w = jax.ShapeDtypeStruct((node.site.d_in, node.site.d_out), node.site.dtype)
-    start = lookup or node.method.init
-    traced, shapes = jax.make_jaxpr(start, return_shape=True)(jax.random.key(0), w)
+    start = start_of(node.method, node.site) if node.site else node.method.init
+    traced, shapes = jax.make_jaxpr(start, return_shape=True)(jax.random.key(0), _kernel(node))
     outputs = jax.tree.unflatten(jax.tree.structure(shapes), traced.jaxpr.outvars)
     return outputs[0]["w"] is traced.jaxpr.invars[-1]
 

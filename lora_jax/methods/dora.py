@@ -93,7 +93,7 @@ def dora(
         lookup_init=start_lookup,
         shared=(share,) if share else (),
         at=fewer_ranks(dora, hyper),
-        additive=True,
+        splits=("in", "out"),
         factory=dora,
     )
 

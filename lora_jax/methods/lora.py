@@ -73,6 +73,10 @@ def lora(
         b = (f["scale"] * f["b"]).astype(x.dtype)
         return x @ f["w"] + (x.dropout(dropout) @ f["a"]) @ b
 
+    def product(frozen: Arrays, trained: Arrays) -> tuple[jax.Array, jax.Array]:
+        f = frozen | trained
+        return f["scale"] * f["a"], f["b"]
+
     hyper = {
         "rank": rank,
         "alpha": float(alpha),
@@ -92,7 +96,8 @@ def lora(
         lookup_init=start_lookup,
         shared=(share,) if share else (),
         at=fewer_ranks(lora, hyper),
-        additive=True,
+        factors=product,
+        splits=("in", "out"),
         factory=lora,
     )
 

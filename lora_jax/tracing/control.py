@@ -82,10 +82,32 @@ def _scan(at: Equation, handler: Handler, body: Body) -> list[Any] | None:
         carry = [_output(outs[i - scan.consts], handler) for i in moving]
         return carry, [emitted(out) for out in outs[scan.carry :]]
 
-    last, ys = jax.lax.scan(step, [starts[i] for i in moving], xs, **scan.options)
+    own, together = _of_each_round(xs, scan.options["length"])
+    last, ys = jax.lax.scan(
+        lambda carry, own: step(carry, together(own)),
+        [starts[i] for i in moving],
+        own,
+        **scan.options,
+    )
     final = fixed | dict(zip(moving, last, strict=True))
     ys = [y.restacked() if isinstance(y, Tracked) else y for y in ys]
     return stateful([*(final[i] for i in range(scan.consts, len(starts))), *ys], around)
+
+
+def _of_each_round(xs: Sequence[Any], length: int) -> tuple[list[Any], Callable[..., Any]]:
+    """The arrays that a loop slices, and how a round's slices stand with what all rounds share.
+
+    A shared array has one index along the loop's axis, and stays a constant of the loop.
+    """
+    arrays, structure = jax.tree.flatten(xs)
+    shared = {i: x[0] for i, x in enumerate(arrays) if x.shape[0] == 1 != length}
+
+    def together(own: list[Any]) -> Any:
+        rest = iter(own)
+        both = [shared[i] if i in shared else next(rest) for i in range(len(arrays))]
+        return jax.tree.unflatten(structure, both)
+
+    return [x for i, x in enumerate(arrays) if i not in shared], together
 
 
 def _unrolled(at: Equation, handler: Handler, body: Body) -> list[Any] | None:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import tree
-from lora_jax.adapter import Adapted, Choice, Trained, adapted, attach, is_adapted
+from lora_jax.adapter import Adapted, Trained, adapted, is_adapted
+from lora_jax.attachment import Choice, attach
 from lora_jax.errors import InputError
 from lora_jax.io import names
 from lora_jax.io.peft import keys

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.adapter import Adapted, Choice
+from lora_jax.adapter import Adapted
+from lora_jax.attachment import Choice
 from lora_jax.errors import InputError
 from lora_jax.io.peft.plan import same_function, scale
 from lora_jax.method import Method
