@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.choices import check_choice
 from experiments.pictures import bars
 from experiments.rules import make_rules
 from experiments.run import Result, Shared, finetune, make_optimizer
 from experiments.run_folder import staged
-from experiments.settings import check_choice, in_config, plain, resolve, set_key
+from experiments.settings import in_config, plain, resolve, set_key
 from experiments.tasks.task import Score
 from lora_jax.errors import InputError
 from lora_jax.evaluate import Accuracy

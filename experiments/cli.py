@@ -85,7 +85,8 @@ def read_config(known: Callable[[Any], Mapping[str, Any]] | None = None) -> dict
         raise InputError(f"no config file '{path}'; give one such as configs/quickstart.py")
     config = _config_of(path)
     pairs = [word.partition("=")[::2] for word in flags.FLAGS.override]
-    for key, text in sorted(pairs, key=lambda pair: pair[0] != "task"):  # the task has the keys
+    first = lambda key: key != "task" and not key.endswith(".name")  # noqa: E731  (they give keys)
+    for key, text in sorted(pairs, key=lambda pair: first(pair[0])):
         defaults = {**flat_keys(config), **(known(config) if known else {})}
         if key not in defaults:
             raise unknown_key(key, defaults, f"'{path}'")

@@ -2,21 +2,13 @@
 
 import ast
 import difflib
-import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import lora_jax as lj
-from experiments.settings import (
-    Settings,
-    check_choice,
-    check_type,
-    hyper_defaults,
-    in_config,
-    unknown_key,
-)
-from lora_jax import methods
+from experiments import choices
+from experiments.settings import Settings, check_type, unknown_key
 from lora_jax.errors import InputError
 
 NONE = "none"
@@ -38,36 +30,14 @@ def make_rules(settings: Settings) -> dict[Any, lj.Method | None]:
     for target, changes in _entries(settings.targets):
         rule = _target(target)
         if changes is not None:
-            changes = make_method({**method, **_checked(changes)})
+            changes = choices.make("method", {**method, **_checked(method, changes)})
         rules[rule] = changes
     return rules
 
 
-def make_method(options: Mapping[str, Any]) -> lj.Method:
-    """Make a method from its name and options; options that only other methods have are left out.
-
-    >>> make_method({"name": "lora", "rank": 4, "alpha": 8}).hyper["rank"]
-    4
-    """
-    name = options["name"]
-    check_choice("method.name", name, methods.__all__)
-    accepted = _parameters(name)
-    with in_config("method: "):
-        return getattr(methods, name)(**{k: v for k, v in options.items() if k in accepted})
-
-
-def unused_options(options: Mapping[str, Any]) -> list[str]:
-    """Return the options that belong to other methods than the one named."""
-    return sorted(set(options) - {"name"} - set(_parameters(options["name"])))
-
-
-def _parameters(name: str) -> list[str]:
-    return list(inspect.signature(getattr(methods, name)).parameters)
-
-
-def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(method: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The changes of one target, with every key known and every value of its type."""
-    known = {"name": "lora", **hyper_defaults()}
+    known = choices.defaults("method", changes.get("name", method["name"]))
     if unknown := next((key for key in changes if key not in known), None):
         raise unknown_key(unknown, known, "config.targets")
     return {key: check_type(f"targets: {key}", changes[key], known[key]) for key in changes}

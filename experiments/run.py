@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 
 import lora_jax as lj
-from experiments import saving
+from experiments import choices, saving
 from experiments.measure import merge_error
-from experiments.rules import NONE, make_rules, unused_options
+from experiments.rules import NONE, make_rules
 from experiments.run_folder import staged
 from experiments.settings import Settings, TrainSettings, in_config, resolve
 from experiments.tasks import TASKS
@@ -103,7 +103,7 @@ def adapt(task: Task, settings: Settings) -> tuple[Any, Any]:
     frozen, trained = lj.attach(jax.random.key(settings.seed), task.params, rules, sites)
     words: dict[Any, Any] = {rule: method and describe(method) for rule, method in rules.items()}
     print(f"\n{sites.table(words)}\n\n{lj.summary(frozen, trained)}")
-    if ignored := unused_options(settings.method):
+    if ignored := choices.unused("method", settings.method):
         print(f"note: {settings.method['name']} has no {', '.join(ignored)}; left out")
     return frozen, trained
 

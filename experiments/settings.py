@@ -1,7 +1,6 @@
 """The settings of a fine-tuning run: every key there is, checked and completed."""
 
 import difflib
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,9 +9,10 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from experiments import choices
+from experiments.choices import check_choice
 from experiments.tasks import TASKS
 from experiments.tasks.task import check_positive
-from lora_jax import methods
 from lora_jax.errors import InputError
 
 _LIMITS = (
@@ -22,6 +22,9 @@ _LIMITS = (
     ("weight_decay", 0, math.inf),
     ("diverged", 1, math.inf),
 )
+
+
+DEFAULT_NAMES = {"method": "lora"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Settings:
     model: Any
     data: Any
     seed: int = 0
-    method: Mapping[str, Any] = field(default_factory=lambda: {"name": "lora"})
+    method: Mapping[str, Any] = field(default_factory=lambda: {"name": DEFAULT_NAMES["method"]})
     targets: Any = "all_linear"
     train: TrainSettings = field(default_factory=TrainSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
@@ -93,8 +96,7 @@ def resolve(config: Any) -> Settings:
     """
     given = plain(config)
     defaults = _defaults(given)
-    completed = _complete(defaults, given, "", [*flat_keys(defaults), *_hyper_keys()])
-    check_choice("method.name", completed["method"]["name"], methods.__all__)
+    completed = _complete(defaults, given, "", flat_keys(defaults) | _chosen_keys(given))
     if completed["seed"] < 0:
         raise InputError(f"config.seed is {completed['seed']}; give 0 or more")
     entry = TASKS[completed["task"]]
@@ -111,7 +113,8 @@ def known_keys(config: Any) -> dict[str, Any]:
     8
     """
     anything = {"targets": None}  # of several types
-    return flat_keys(_defaults(plain(config))) | _hyper_keys() | anything | {"arm": ""}
+    given = plain(config)
+    return flat_keys(_defaults(given)) | _chosen_keys(given) | anything | {"arm": ""}
 
 
 def unknown_key(key: str, known: Iterable[str], place: str = "the config") -> InputError:
@@ -121,16 +124,6 @@ def unknown_key(key: str, known: Iterable[str], place: str = "the config") -> In
     close = difflib.get_close_matches(key, as_deep, n=1, cutoff=0.5)
     hint = f"nearest: '{close[0]}'" if close else f"known: {', '.join(as_deep or known)}"
     return InputError(f"unknown key '{key}' in {place}; {hint}")
-
-
-def check_choice(key: str, value: Any, allowed: Iterable[str]) -> None:
-    """Raise InputError unless `config.key` is one of the allowed words, with the nearest named."""
-    allowed = list(allowed)
-    if value in allowed:
-        return
-    close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-    hint = f"nearest: '{close[0]}'" if close else f"known: {', '.join(allowed)}"
-    raise InputError(f"config.{key} is {value!r}, which is not known; {hint}")
 
 
 def check_type(key: str, value: Any, default: Any) -> Any:
@@ -195,15 +188,14 @@ def plain(config: Any) -> Any:
     return {k: plain(v) for k, v in config.items()} if isinstance(config, Mapping) else config
 
 
-def hyper_defaults() -> dict[str, Any]:
-    """Every option of every method, with a default."""
-    signatures = [inspect.signature(getattr(methods, name)) for name in methods.__all__]
-    options = [option for each in signatures for option in each.parameters.values()]
-    return {option.name: option.default for option in options}
-
-
-def _hyper_keys() -> dict[str, Any]:
-    return {f"method.{key}": value for key, value in hyper_defaults().items()}
+def _chosen_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The dotted options of the functions that sections name, and of others of their kind."""
+    found: dict[str, Any] = {}
+    for kind in choices.KINDS:
+        section = config.get(kind, {})
+        options = choices.defaults(kind, dict(section).get("name", DEFAULT_NAMES[kind]))
+        found |= {f"{kind}.{name}": value for name, value in options.items() if name != "name"}
+    return found
 
 
 def _defaults(given: Any) -> dict[str, Any]:
@@ -217,17 +209,16 @@ def _defaults(given: Any) -> dict[str, Any]:
 
 
 def _complete(
-    defaults: Mapping[str, Any], given: Any, prefix: str, known: list[str]
+    defaults: Mapping[str, Any], given: Any, prefix: str, known: Mapping[str, Any]
 ) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise InputError(f"config.{prefix.rstrip('.')} is {given!r}; it is a group of keys")
     completed = dict(defaults)
-    types = {**hyper_defaults(), **defaults} if prefix == "method." else defaults
     for name, value in given.items():
         key = prefix + str(name)
         if key not in known:
             raise unknown_key(key, known)
-        default = types.get(name)
+        default = known[key]
         if isinstance(default, Mapping):
             completed[name] = _complete(default, value, f"{key}.", known)
         else:

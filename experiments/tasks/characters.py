@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
-from experiments.settings import check_choice, in_config
+from experiments.choices import check_choice
+from experiments.settings import in_config
 from experiments.tasks.task import check_positive, draw_rows
 from lora_jax.data.domains import DOMAINS
 from lora_jax.data.sequences import VOCABULARY

@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 import lora_jax as lj
-from experiments.settings import Settings, check_choice, in_config
+from experiments.choices import check_choice
+from experiments.settings import Settings, in_config
 from experiments.tasks.task import (
     Batch,
     Measured,

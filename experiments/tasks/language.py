@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from experiments.settings import Settings, check_choice
+from experiments.choices import check_choice
+from experiments.settings import Settings
 from lora_jax.errors import InputError
 from lora_jax.io.tokenizer import Tokenizer
 from lora_jax.models import load

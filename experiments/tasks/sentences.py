@@ -15,7 +15,8 @@ import numpy as np
 import optax
 
 import lora_jax as lj
-from experiments.settings import Settings, check_choice, in_config
+from experiments.choices import check_choice
+from experiments.settings import Settings, in_config
 from experiments.tasks.task import Batch, Measured, Task, check_positive, compiled, draw_rows
 from lora_jax.data import Example, Splits, split_examples
 from lora_jax.data.domains import DOMAINS, LABELS, read_domain

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.settings import Settings, check_choice, in_config
+from experiments.choices import check_choice
+from experiments.settings import Settings, in_config
 from experiments.tasks.characters import ModelSettings as ModelSettings
 from experiments.tasks.characters import drawn, losses, pretrained, summed
 from experiments.tasks.task import Measured, Task, check_positive, compiled

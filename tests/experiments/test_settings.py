@@ -5,7 +5,8 @@ from ml_collections import config_dict
 
 import lora_jax as lj
 from configs import quickstart
-from experiments.rules import make_method, make_rules, unused_options
+from experiments import choices
+from experiments.rules import make_rules
 from experiments.settings import flat_keys, resolve
 from lora_jax.errors import InputError
 
@@ -86,10 +87,47 @@ def test_targets_without_sense_are_refused(targets):
 
 def test_options_of_other_methods_are_left_out():
     options = {"name": "full", "rank": 4, "alpha": 1.0}
-    assert make_method(options) == lj.full()
-    assert unused_options(options) == ["alpha", "rank"]
-    with pytest.raises(InputError, match="rank"):
-        make_method({"name": "lora", "rank": 0})
+    assert choices.make("method", options) == lj.full()
+    assert choices.unused("method", options) == ["alpha", "rank"]
+    with pytest.raises(InputError, match=r"config\.method: lora\(rank=0\)"):
+        choices.make("method", {"name": "lora", "rank": 0})
+
+
+THEIRS = """
+import lora_jax as lj
+
+def shifted(size=0.5, *, word="a"):
+    init = lambda key, w: ({"w": w}, {"c": w[0] * 0})
+    return lj.Method("shifted", init, lambda f, t: f["w"] + t["c"], hyper={"size": size})
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture
+def their_module(tmp_path, monkeypatch):
+    (tmp_path / "their_methods.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_method_of_the_users_own(their_module):
+    options = {"name": "their_methods:shifted", "size": 2}
+    settings = resolve({"model": {"source": "x"}, "method": options, "targets": ".*/q"})
+    (method,) = make_rules(settings).values()
+    assert repr(method) == "shifted(size=2.0)"
+    for wrong, message in {
+        "their_methods:shifter": r"method\.name is 'their_methods:shifter': .*shifter",
+        "their_method:shifted": "finds no module 'their_method'",
+        "their_methods:THEIRS": "no attribute|no function",
+        "their_methods:lj": "no function",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            resolve({"model": {"source": "x"}, "method": {"name": wrong}})
+    with pytest.raises(InputError, match="nearest: 'method.size'"):
+        resolve({"model": {"source": "x"}, "method": {**options, "sizes": 1}})
+    with pytest.raises(InputError, match="gives 3, and no lora_jax.Method"):
+        make_rules(resolve({"model": {"source": "x"}, "method": {"name": "their_methods:nothing"}}))
 
 
 def test_flat_keys_of_a_config():
