@@ -40,6 +40,7 @@ class Adapted:
     path: str
     methods: Method | tuple[Method | None, ...]
     site: Site | None  # None under a method that may stand anywhere
+    dtype: Any  # the parameter's own
     common: dict[str, Any] = field(default_factory=dict)
     pool: str = ""
     bound: bool = False
@@ -78,9 +79,9 @@ class Adapted:
             )
         frozen, trained = self.matrices()
         if self.site is None:
-            return self.method.weight(frozen, trained)
+            return self.method.weight(frozen, trained).astype(self.dtype)
         weight = formed(self.method, self.site.stack, frozen, trained)
-        return self.site.view.leaf(weight).astype(self.site.dtype)
+        return self.site.view.leaf(weight).astype(self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +91,7 @@ class _Static:
     path: str
     methods: Any
     site: Site | None
+    dtype: Any
     pool: str
     bound: bool
 
@@ -97,7 +99,7 @@ class _Static:
         one = isinstance(self.methods, Method)
         each = (self.methods,) if one else self.methods
         forward = tuple(method and method.forward for method in each)
-        return self.path, one, forward, self.site, self.pool, self.bound
+        return self.path, one, forward, self.site, self.dtype, self.pool, self.bound
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Static) and self._key() == other._key()
@@ -111,12 +113,13 @@ _ARRAYS = ("frozen", "trained", "key", "common")
 
 def _flatten(node: Adapted) -> tuple[list[Any], _Static]:
     arrays = [(jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in _ARRAYS]
-    return arrays, _Static(node.path, node.methods, node.site, node.pool, node.bound)
+    static = node.path, node.methods, node.site, node.dtype, node.pool, node.bound
+    return arrays, _Static(*static)
 
 
 def _unflatten(at: _Static, arrays: Iterable[Any]) -> Adapted:
     frozen, trained, key, common = arrays
-    rest = at.path, at.methods, at.site
+    rest = at.path, at.methods, at.site, at.dtype
     return Adapted(frozen, trained, key, *rest, common=common, pool=at.pool, bound=at.bound)
 
 
@@ -216,8 +219,8 @@ def _bind(
 ) -> Any:
     """A node with its trained part, and what its pool holds frozen and trained."""
     if node.site is None:
-        assert node.method.weight is not None
-        return node.method.weight(node.frozen | held, trained | common)
+        whole = replace(node, frozen=node.frozen | held, trained=trained | common)
+        return whole.weight()
     stack = node.site.stack
     if isinstance(node.methods, Method):
         trained = trained | _for_all(common, stack)

@@ -78,6 +78,9 @@ def _attached(
             held = pool.frozen if path == pool.first else {}
             node = replace(node, pool=pool.name, common=held)
             trained |= {pool.name: pool.trained} if pool.trained else {}
+        if isinstance(choice, Method) and choice.follows:
+            _check_leader(path, choice, choices)
+            node = replace(node, pool=choice.follows)
         _check_finite(node, own)
         nodes[path], trained[path] = node, own
     return tree.replace(params, nodes), trained
@@ -150,7 +153,7 @@ def _attach(
 ) -> tuple[Adapted, dict[str, Any]]:
     if isinstance(choice, Method) and choice.anywhere:
         frozen, trained = choice.init(key, leaf)
-        return Adapted(frozen, {}, None, path, choice, None), trained
+        return Adapted(frozen, {}, None, path, choice, None, leaf.dtype), trained
     assert site is not None
     keys = jax.random.split(key, site.stack)
     w = site.view.matrix(leaf)
@@ -165,7 +168,7 @@ def _attach(
         same = frozen["w"] is w  # keep the caller's own array, not a copy of it
         frozen = frozen | {"w": leaf if same else site.view.leaf(frozen["w"])}
     methods = choice if isinstance(choice, Method) else tuple(choice)
-    return Adapted(frozen, {}, None, path, methods, site), trained
+    return Adapted(frozen, {}, None, path, methods, site, site.dtype), trained
 
 
 def _data(method: Method, path: str, bare: bool) -> tuple[Any, ...]:
@@ -178,6 +181,16 @@ def _data(method: Method, path: str, bare: bool) -> tuple[Any, ...]:
             f"{method!r} starts '{path}' from data, and was given {known}; gather it for this path"
         )
     return (method.data[path],)
+
+
+def _check_leader(path: str, method: Method, choices: Mapping[str, Chosen]) -> None:
+    """Raise InputError where the parameter that another one follows has no one method."""
+    leader = choices.get(method.follows)
+    if not isinstance(leader, Method) or leader.follows:
+        raise InputError(
+            f"'{path}' is under {method!r}, so '{method.follows}' needs one method for all its "
+            f"layers, but has {leader!r}; adapt it in the same attach, or drop the rule"
+        )
 
 
 def _check_finite(node: Adapted, trained: dict[str, Any]) -> None:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases.compiling import quick
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_jax as lj
+from lora_jax.testing import quick
 
 METHODS = (lj.lora(rank=2, alpha=3.0), lj.dora(rank=2, alpha=3.0))
 drawn = settings(max_examples=25, deadline=None, derandomize=True, database=None)

@@ -124,9 +124,9 @@ def test_a_method_of_the_users_own(their_module):
     }.items():
         with pytest.raises(InputError, match=message):
             resolve({"model": {"source": "x"}, "method": {"name": wrong}})
-    with pytest.raises(InputError, match="nearest: 'method.size'"):
+    with pytest.raises(InputError, match=r"nearest: .method\.size."):
         resolve({"model": {"source": "x"}, "method": {**options, "sizes": 1}})
-    with pytest.raises(InputError, match="gives 3, and no lora_jax.Method"):
+    with pytest.raises(InputError, match=r"gives 3, and no lora_jax\.Method"):
         make_rules(resolve({"model": {"source": "x"}, "method": {"name": "their_methods:nothing"}}))
 
 
