@@ -3,14 +3,9 @@
 python -m experiments.bench_step --config=configs/bench_step.py
 """
 
-import importlib.util
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,61 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
-from lora_jax.errors import InputError
+from experiments.worker import Worker, has_peft
 from lora_jax.io.export import save_hf
 from lora_jax.models import load
 
 
-class Worker:
-    """A process that runs one step each time it is asked to."""
-
-    def __init__(self, name: str, folder: Path, options: Mapping[str, Any]) -> None:
-        self.name, self.seconds = name, []
-        command = [sys.executable, "-m", "experiments.bench_workers", name, str(folder)]
-        quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        quiet |= {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"} | cli.HUGE_PAGES
-        self.process = subprocess.Popen(
-            [*command, json.dumps(dict(options))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | quiet,
-        )
-        self.facts = self._read()
-
-    def step(self) -> None:
-        """Run a step that is not counted, then one whose time is kept.
-
-        The first brings back what the machine took away while others had their turn.
-        """
-        self._ask("step")
-        self.seconds.append(self._ask("step")["seconds"])
-
-    def end(self) -> float:
-        """Stop the process and return its peak memory in GB."""
-        peak = self._ask("end")["peak_gb"]
-        self.process.wait()
-        return peak
-
-    def _ask(self, word: str) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("BENCH "):
-                return json.loads(line.removeprefix("BENCH "))
-        raise InputError(f"the worker '{self.name}' ended early; its messages are above")
-
-
 def bench(options: dict[str, Any]) -> list[dict[str, Any]]:
     """Run every worker in turn, `rounds` times, and return one record each."""
-    peers = [name for name in options["peers"] if name != "peft" or _has_peft()]
+    peers = [name for name in options["peers"] if name != "peft" or has_peft()]
     model = load(options["source"])
-    options = options | {"vocabulary": model.config.vocab_size}
+    peer = {"config": "LoraConfig", "r": options["method"]["rank"]}
+    peer |= {"lora_alpha": options["method"]["alpha"]}
+    peer |= {"use_dora": options["method"]["name"] == "dora"}
+    options = options | {"vocabulary": model.config.vocab_size, "peft": peer}
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "base"
         save_hf(folder, model.params, model.config, model.tokenizer)
@@ -83,7 +36,7 @@ def bench(options: dict[str, Any]) -> list[dict[str, Any]]:
         for _ in range(options["rounds"]):
             for worker in workers:
                 worker.step()
-    return [_record(worker, options) for worker in workers]
+    return [worker.end() for worker in workers]
 
 
 def show(records: list[dict[str, Any]]) -> Table:
@@ -135,7 +88,7 @@ def define_flags() -> None:
 def main() -> None:
     """Run the config of the command line."""
     options = cli.read_config()
-    if not _has_peft():
+    if not has_peft():
         print("peft is not installed, so it is left out: pip install 'lora-jax[parity]'")
     records = bench(options)
     console = Console()
@@ -146,25 +99,6 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"options": options, "records": records}, indent=2) + "\n")
     console.print(f"written to {out}")
-
-
-def _record(worker: Worker, options: Mapping[str, Any]) -> dict[str, Any]:
-    seconds, flops = statistics.median(worker.seconds), worker.facts["flops"]
-    return {
-        "name": worker.name,
-        "seconds": seconds,
-        "fastest": min(worker.seconds),
-        "slowest": max(worker.seconds),
-        "all": worker.seconds,
-        "tokens_per_second": options["batch"] * options["time"] / seconds,
-        "peak_gb": worker.end(),
-        "flops_per_second": flops / seconds if flops else None,
-        **worker.facts,
-    }
-
-
-def _has_peft() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("peft", "torch", "transformers"))
 
 
 if __name__ == "__main__":

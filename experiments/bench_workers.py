@@ -1,4 +1,4 @@
-"""The processes that `bench_step` times: each makes one training step ready and runs it on demand.
+"""The processes that benchmarks time: each makes one training step ready and runs it on demand.
 
 A worker reads one word a line: `step` runs one step and answers with its seconds, `end` answers
 with the peak memory of its process. Torch is imported in the peer's worker alone.
@@ -7,6 +7,7 @@ with the peak memory of its process. Torch is imported in the peer's worker alon
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ import numpy as np
 from lora_jax.train.memory import process_peak
 
 PRODUCT = 2048  # side of the square float32 product that measures the machine's peak
+
+
+_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Ready(NamedTuple):
@@ -32,16 +36,17 @@ def lora_jax_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> 
     import optax
 
     import lora_jax as lj
+    from experiments import choices
     from experiments.flops import matrix_flops
+    from lora_jax.io.native import save_adapter
     from lora_jax.models import load
     from lora_jax.train import adapter_loss, answer_loss, init_state, make_step
 
     model = load(str(folder)).with_options(remat=options["remat"])
-    method = getattr(lj, options["method"])(rank=options["rank"], alpha=options["alpha"])
+    method = choices.make("method", options["method"])
     sites = lj.find_sites(model.apply, model.params, jax.ShapeDtypeStruct((1, 8), "int32"))
-    frozen, trained = lj.attach(
-        jax.random.key(0), model.params, {"layers/.*/kernel": method}, sites
-    )
+    rules = {options.get("targets") or "layers/.*/kernel": method}
+    frozen, trained = lj.attach(jax.random.key(0), model.params, rules, sites)
     del model.params["layers"]  # `frozen` holds the arrays now
     optimizer = optax.adamw(1e-4)
     state = init_state(trained, optimizer)
@@ -55,7 +60,9 @@ def lora_jax_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> 
         held[0], info = step(held[0], frozen, batch)
         return float(info.loss)
 
-    return Ready(run, {"flops": matrix_flops(program), "trained": lj.tree.count(trained)})
+    saved = _bytes_of(lambda place: save_adapter(place, frozen, held[0].trained))
+    facts = {"flops": matrix_flops(program), "trained": lj.tree.count(trained), "saved": saved}
+    return Ready(run, facts)
 
 
 def floor_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> Ready:
@@ -100,13 +107,10 @@ def peft_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> Read
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = peft.LoraConfig(
-        r=options["rank"],
-        lora_alpha=options["alpha"],
-        target_modules="all-linear",
-        use_dora=options["method"] == "dora",
-        task_type="CAUSAL_LM",
-    )
+    arguments = dict(options["peft"])
+    make = getattr(peft, arguments.pop("config"))
+    targets = {"target_modules": arguments.pop("target_modules", _LINEAR)}
+    config = make(task_type="CAUSAL_LM", **targets, **arguments)
     model = peft.get_peft_model(base, config)
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -120,7 +124,9 @@ def peft_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> Read
         optimizer.step()
         return float(loss)
 
-    return Ready(run, {"flops": None, "trained": sum(p.numel() for p in weights)})
+    saved = _bytes_of(lambda place: model.save_pretrained(place, save_embedding_layers=False))
+    trained = sum(p.numel() for p in weights)
+    return Ready(run, {"flops": None, "trained": trained, "saved": saved})
 
 
 def product_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> Ready:
@@ -169,6 +175,13 @@ def _batch(ids: np.ndarray) -> dict[str, np.ndarray]:
         "targets": np.roll(ids, -1, axis=1),
         "weights": weights,
     }
+
+
+def _bytes_of(save: Callable[[Path], Any]) -> int:
+    """The size of the weights that a function writes into a folder."""
+    with tempfile.TemporaryDirectory() as parent:
+        save(Path(parent) / "adapter")
+        return sum(file.stat().st_size for file in Path(parent).rglob("*.safetensors"))
 
 
 def _answer(message: Mapping[str, Any]) -> None:
