@@ -19,8 +19,7 @@ from typing import Any
 
 from experiments.choices import check_choice
 from experiments.pictures import bars
-from experiments.rules import make_rules
-from experiments.run import Result, Shared, finetune, make_optimizer
+from experiments.run import Result, Shared, check, finetune
 from experiments.run_folder import staged
 from experiments.settings import in_config, plain, resolve, set_key
 from experiments.tasks.task import Score
@@ -121,9 +120,7 @@ def configs_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             )
         with in_config(f"arms, '{name}': "):
             found[name] = _changed(common, dict(_flat(changes)))
-            settings = resolve(found[name])
-            make_rules(settings)
-            make_optimizer(settings)
+            check(resolve(found[name]))
     return found
 
 
@@ -145,7 +142,9 @@ def _run(name: str, config: Mapping[str, Any], workdir: Path, shared: Shared) ->
     try:
         result = finetune(config, workdir, shared)
         # The trained values are saved; kept here, those of all arms would add up.
-        return Row(name, result._replace(outcome=result.outcome._replace(trained=None)))
+        return Row(
+            name, result._replace(outcome=result.outcome._replace(trained=None, frozen=None))
+        )
     except (InputError, OSError) as error:
         print(f"error: arm {name}: {error}", file=sys.stderr, flush=True)
         return Row(name, None, " ".join(str(error).replace("|", "/").split()))

@@ -25,8 +25,9 @@ from lora_jax.errors import InputError
 from lora_jax.io.export import save_hf
 from lora_jax.models import load
 
-COLUMNS = ("trained", "saved", "flops", "seconds", "peak_gb")
-HEADS = ("method", "trained", "saved, kB", "TFLOP", "step", "memory", "peft's step", "memory")
+COLUMNS = ("trained", "saved", "frozen", "flops", "seconds", "peak_gb")
+HEADS = ("method", "trained", "saved, kB", "base, MB", "TFLOP", "step", "memory")
+HEADS += ("peft's step", "its memory")
 
 
 def bench(options: Mapping[str, Any], out: Path) -> list[dict[str, Any]]:
@@ -59,6 +60,7 @@ def show(records: list[dict[str, Any]]) -> Table:
             record["method"],
             f"{ours['trained']:,}",
             f"{ours['saved'] / 1e3:,.0f}",
+            f"{ours['frozen'] / 1e6:,.0f}",
             f"{ours['flops'] / 1e12:.3f}",
             _times(ours["step"]),
             _times(ours["memory"]),
@@ -120,7 +122,7 @@ def _relative(reference: Worker, worker: Worker) -> dict[str, Any]:
     base, own = reference.end(), worker.end()
     step = statistics.median(np.divide(own["all"], base["all"]))
     memory = own["peak_gb"] / base["peak_gb"]
-    facts = {column: own[column] for column in COLUMNS}
+    facts = {column: own.get(column) for column in COLUMNS}
     return {**facts, "step": step, "memory": memory, "all": own["all"], "lora": base["all"]}
 
 

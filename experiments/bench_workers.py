@@ -20,6 +20,7 @@ from lora_jax.train.memory import process_peak
 PRODUCT = 2048  # side of the square float32 product that measures the machine's peak
 
 
+_LAYERS = "layers/.*/kernel"
 _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -38,20 +39,24 @@ def lora_jax_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> 
     import lora_jax as lj
     from experiments import choices
     from experiments.flops import matrix_flops
+    from experiments.storages import stored
     from lora_jax.io.native import save_adapter
     from lora_jax.models import load
     from lora_jax.train import adapter_loss, answer_loss, init_state, make_step
 
     model = load(str(folder)).with_options(remat=options["remat"])
-    method = choices.make("method", options["method"])
     sites = lj.find_sites(model.apply, model.params, jax.ShapeDtypeStruct((1, 8), "int32"))
-    rules = {options.get("targets") or "layers/.*/kernel": method}
+    rules = {options.get("targets") or _LAYERS: choices.make("method", options["method"])}
+    base = choices.make("quantize", options.get("quantize") or {"name": "none"})
+    rules = stored(base, base.targets, rules, sites)
     frozen, trained = lj.attach(jax.random.key(0), model.params, rules, sites)
     del model.params["layers"]  # `frozen` holds the arrays now
     optimizer = optax.adamw(1e-4)
-    state = init_state(trained, optimizer)
+    change = choices.make("dynamics", options.get("dynamics") or {"name": "none"})
+    dynamics = change.dynamics(1000)
+    state = init_state(trained, optimizer, frozen=frozen, dynamics=dynamics)
     loss = adapter_loss(answer_loss(model.hidden, model.logits))
-    step = make_step(loss, optimizer)
+    step = make_step(loss, optimizer, dynamics=dynamics)
     batch = _batch(ids)
     program = jax.make_jaxpr(step)(state, frozen, batch)
     held = [state]
@@ -62,7 +67,7 @@ def lora_jax_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> 
 
     saved = _bytes_of(lambda place: save_adapter(place, frozen, held[0].trained))
     facts = {"flops": matrix_flops(program), "trained": lj.tree.count(trained), "saved": saved}
-    return Ready(run, facts)
+    return Ready(run, {**facts, "frozen": lj.tree.nbytes(frozen)})
 
 
 def floor_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> Ready:
@@ -115,13 +120,16 @@ def peft_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> Read
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=1e-4)
-    tokens = torch.tensor(ids, dtype=torch.long)
+    tokens, steps = torch.tensor(ids, dtype=torch.long), [0]
 
     def run() -> float:
         optimizer.zero_grad()
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
+        if hasattr(model.base_model, "update_and_allocate"):
+            steps[0] += 1
+            model.base_model.update_and_allocate(steps[0])
         return float(loss)
 
     saved = _bytes_of(lambda place: model.save_pretrained(place, save_embedding_layers=False))

@@ -28,7 +28,7 @@ def make_rules(settings: Settings) -> dict[Any, lj.Method | None]:
     method = dict(settings.method)
     rules: dict[Any, lj.Method | None] = {}
     for target, changes in _entries(settings.targets):
-        rule = _target(target)
+        rule = target_of(target)
         if changes is not None:
             changes = choices.make("method", {**method, **_checked(method, changes)})
         rules[rule] = changes
@@ -78,7 +78,7 @@ def _literal(text: str) -> Any:
         return None
 
 
-def _target(target: str) -> Any:
+def target_of(target: str) -> Any:
     """Find the predicate of that name, or take the text as a pattern."""
     if target in TARGETS:
         return TARGETS[target]

@@ -10,19 +10,21 @@ import jax
 
 import lora_jax as lj
 from experiments import choices, saving
+from experiments.changes import Change
 from experiments.measure import merge_error
-from experiments.rules import NONE, make_rules
+from experiments.optimizers import make_optimizer, make_schedule
+from experiments.rules import NONE, make_rules, target_of
 from experiments.run_folder import staged
 from experiments.settings import Settings, TrainSettings, in_config, resolve
+from experiments.storages import stored
 from experiments.tasks import TASKS
 from experiments.tasks.task import Measured, Task
+from lora_jax.calibrate import with_data
 from lora_jax.errors import InputError
 from lora_jax.io.peft.notes import describe
 from lora_jax.train import (
-    Optimizer,
     Outcome,
     Watch,
-    adamw,
     adapter_loss,
     fit,
     init_state,
@@ -48,21 +50,24 @@ class Shared:
 
     def __init__(self) -> None:
         self._task: tuple[Settings, Task] | None = None
-        self._before: Measured | None = None
+        self._before: dict[str, Measured] = {}
 
     def task(self, settings: Settings) -> Task:
         """Load the task, unless the one before was the same."""
-        key = replace(settings, method={}, targets="", train=_batch_alone(settings))
+        same: Any = {"method": {}, "dynamics": {}, "quantize": {}, "targets": ""}
+        key = replace(settings, **same, train=_batch_alone(settings))
         if self._task is None or self._task[0] != key:
-            self._task = self._before = None  # let go of one base before the next is loaded
+            self._task, self._before = None, {}  # let go of one base before the next is loaded
             self._task = key, TASKS[settings.task](settings)
         return self._task[1]
 
-    def before(self, frozen: Any, trained: Any) -> Measured:
-        """Measure the task's base, once: fresh adapters change nothing."""
+    def before(self, frozen: Any, trained: Any, settings: Settings) -> Measured:
+        """Measure the task's base, once for each way to keep it: fresh adapters change nothing."""
         assert self._task is not None
-        self._before = self._before or self._task[1].measure(frozen, trained)
-        return self._before
+        kept = repr(settings.quantize)
+        if kept not in self._before:
+            self._before[kept] = self._task[1].measure(frozen, trained)
+        return self._before[kept]
 
 
 def finetune(config: Any, workdir: str | Path, shared: Shared | None = None) -> Result:
@@ -72,26 +77,25 @@ def finetune(config: Any, workdir: str | Path, shared: Shared | None = None) -> 
     config or in what it names, before anything is trained.
     """
     settings, workdir = resolve(config), Path(workdir)
-    make_rules(settings)  # a wrong method or rank fails before a model is fetched
-    optimizer = make_optimizer(settings)
+    change = check(settings)
     saving.check_replaceable(workdir / "adapter")
     shared = shared or Shared()
     with staged(workdir) as stage:
         _write_json(stage / "config.json", asdict(settings))
         task = shared.task(settings)
-        frozen, trained = adapt(task, settings)
+        frozen, trained, sites = adapt(task, settings, change)
         peft = saving.rehearse(stage, task, frozen, trained)
         print(f"\n{task.about}\nmeasuring on the {settings.evaluate.split} split ...", flush=True)
-        before = shared.before(frozen, trained)
+        before = shared.before(frozen, trained, settings)
         print(f"{settings.evaluate.split} before: {before}", flush=True)
-        result = train(task, frozen, trained, optimizer, settings, before, stage)
-        _save(workdir, stage, task, frozen, settings, result, peft)
+        result = train(task, frozen, trained, sites, change, settings, before, stage)
+        _save(workdir, stage, task, settings, result, peft)
         _draw(stage, frozen)
     _say_result(task, settings, result)
     return result
 
 
-def adapt(task: Task, settings: Settings) -> tuple[Any, Any]:
+def adapt(task: Task, settings: Settings, change: Change) -> tuple[Any, Any, lj.Sites]:
     """Find the base's kernels and attach the method to those that `targets` chooses."""
     rules = {**task.fresh, **make_rules(settings)}
     if not rules:
@@ -100,19 +104,38 @@ def adapt(task: Task, settings: Settings) -> tuple[Any, Any]:
             "give a pattern"
         )
     sites = lj.find_sites(task.apply, task.params, *task.inputs)
-    frozen, trained = lj.attach(jax.random.key(settings.seed), task.params, rules, sites)
     words: dict[Any, Any] = {rule: method and describe(method) for rule, method in rules.items()}
-    print(f"\n{sites.table(words)}\n\n{lj.summary(frozen, trained)}")
-    if ignored := choices.unused("method", settings.method):
-        print(f"note: {settings.method['name']} has no {', '.join(ignored)}; left out")
-    return frozen, trained
+    print(f"\n{sites.table(words)}")
+    key = jax.random.key(settings.seed)
+    rules = _with_data(rules, task, sites, settings.train.calibrate)
+    rules = change.rules(rules, key=key, task=task, sites=sites, steps=settings.train.steps)
+    base = choices.make("quantize", settings.quantize)
+    rules = stored(base, target_of(base.targets), rules, sites)
+    frozen, trained = lj.attach(key, task.params, rules, sites)
+    print(f"\n{lj.summary(frozen, trained)}")
+    for kind in choices.KINDS:
+        section = getattr(settings, kind)
+        if ignored := choices.unused(kind, section):
+            print(f"note: {kind} {section['name']} has no {', '.join(ignored)}; left out")
+    return frozen, trained, sites
+
+
+def _with_data(rules: Any, task: Task, sites: lj.Sites, count: int) -> Any:
+    """The rules, with what their methods' starts want to know of the first batches."""
+    if not any(isinstance(m, lj.Method) and m.data is not None for m in rules.values()):
+        return rules
+    batches = [task.batches(i) for i in range(count)]
+    mask = (lambda batch: batch["mask"]) if "mask" in batches[0] else None
+    how: Any = {"loss": task.loss, "apply": task.loss, "mask": mask}
+    return with_data(rules, task.params, sites, batches, **how)
 
 
 def train(
     task: Task,
     frozen: Any,
     trained: Any,
-    optimizer: Optimizer,
+    sites: lj.Sites,
+    change: Change,
     settings: Settings,
     before: Measured,
     stage: Path,
@@ -120,28 +143,42 @@ def train(
     """Train from a fresh state, progress shown and a line of metrics a step, and measure again."""
     options, started = settings.train, time.perf_counter()
     loss = adapter_loss(task.loss, dropout=_drops(frozen))
-    step = make_step(loss, optimizer.transform, accumulate=options.accumulate, seed=settings.seed)
-    with live_line() as show:
+    optimizer = change.optimizer(make_optimizer(options, frozen, trained, sites))
+    transform, dynamics = optimizer.transform, change.dynamics(options.steps)
+    key = jax.random.fold_in(jax.random.key(settings.seed), 1)
+    how: Any = {"accumulate": options.accumulate, "seed": settings.seed, "dynamics": dynamics}
+    with in_config("dynamics: "), live_line() as show:
         outcome = fit(
-            step,
-            init_state(trained, optimizer.transform),
+            make_step(loss, transform, **how),
+            init_state(trained, transform, frozen=frozen, dynamics=dynamics),
             frozen,
             task.batches,
             steps=options.steps,
             schedule=optimizer.schedule,
             observers=(show, json_lines(stage / "metrics.jsonl")),
             watch=Watch(factor=options.diverged),
+            dynamics=dynamics,
+            between=change.between and change.between(key, transform),
         )
-    seconds = time.perf_counter() - started
-    after = None if outcome.interrupted else task.measure(frozen, outcome.trained)
-    return Result(before, after, outcome, lj.tree.count(trained), seconds)
+    seconds, count = time.perf_counter() - started, lj.tree.count(trained)
+    kept = change.finish(outcome.frozen, outcome.trained)
+    outcome = outcome._replace(frozen=kept[0], trained=kept[1])
+    after = None if outcome.interrupted else task.measure(*kept)
+    return Result(before, after, outcome, count, seconds)
 
 
-def make_optimizer(settings: Settings) -> Optimizer:
-    """Make the optimizer that the settings describe."""
-    names = ("steps", "learning_rate", "warmup", "final", "weight_decay", "b1", "b2", "clip")
-    with in_config("train."):
-        return adamw(**{name: getattr(settings.train, name) for name in names})
+def check(settings: Settings) -> Change:
+    """Find a wrong method, schedule or target before a model is fetched.
+
+    Returns what changes during the run.
+    """
+    make_rules(settings)
+    make_schedule(settings.train)
+    choices.make("quantize", settings.quantize)
+    change: Change = choices.make("dynamics", settings.dynamics)
+    with in_config("dynamics: "):
+        change.dynamics(settings.train.steps)
+    return change
 
 
 def _batch_alone(settings: Settings) -> TrainSettings:
@@ -150,20 +187,16 @@ def _batch_alone(settings: Settings) -> TrainSettings:
 
 
 def _save(
-    workdir: Path,
-    stage: Path,
-    task: Task,
-    frozen: Any,
-    settings: Settings,
-    result: Result,
-    peft: bool,
+    workdir: Path, stage: Path, task: Task, settings: Settings, result: Result, peft: bool
 ) -> None:
     """Save the adapter with its card, and the scores as the last lines of the metrics."""
     outcome, metrics = result.outcome, stage / "metrics.jsonl"
-    merged = lj.merge(frozen, outcome.trained)
-    error = merge_error(task.apply, frozen, outcome.trained, merged, task.inputs)
+    frozen, trained = outcome.frozen, outcome.trained
+    mergeable = all(node.method.weight for node in lj.adapted(frozen).values())
+    merged = lj.merge(frozen, trained) if mergeable else None
+    error = merged and merge_error(task.apply, frozen, trained, merged, task.inputs)
     card = saving.make_card(task, settings, result.before, result.after, outcome, error)
-    saving.save(workdir / "adapter", task, frozen, outcome.trained, peft=peft, card=card)
+    saving.save(workdir / "adapter", task, frozen, trained, peft=peft, card=card)
     for name, measured in (("before", result.before), ("after", result.after)):
         if measured is not None:
             split = settings.evaluate.split

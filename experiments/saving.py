@@ -78,16 +78,17 @@ def make_card(
     before: Measured,
     after: Measured | None,
     outcome: Outcome,
-    merge_error: float,
+    merge_error: float | None,
 ) -> Card:
     """Gather what the run knows for the model card."""
     card: Card = {
         "data": task.about,
         "seed": settings.seed,
-        "hyper": {"optimizer": "AdamW, warm-up and cosine", **asdict(settings.train)},
-        "merge_error": merge_error,
+        "hyper": {"schedule": "warm-up and cosine", **asdict(settings.train)},
         **task.card,
     }
+    if merge_error is not None:
+        card["merge_error"] = merge_error
     if outcome.stopped:
         card["limits"] = f"Training ended early: {outcome.stopped}."
     if after is not None:

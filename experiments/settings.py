@@ -24,9 +24,6 @@ _LIMITS = (
 )
 
 
-DEFAULT_NAMES = {"method": "lora"}
-
-
 @dataclass(frozen=True)
 class TrainSettings:
     """Steps, batches and the optimizer."""
@@ -41,11 +38,24 @@ class TrainSettings:
     b1: float = 0.9
     b2: float = 0.999
     clip: float = 1.0
+    optimizer: str = "adamw"
+    """Or lora_plus, lora_fa."""
+    ratio: float = 16.0
+    """Of lora_plus: the rate of b over that of a."""
+    embedding_rate: float = 1e-6
+    """Of lora_plus: the rate of an embedding's factors."""
+    corrected: bool = True
+    """Of lora_fa: whether its gradient is corrected."""
+    on_host: bool = False
+    """Whether the optimizer's moments rest in host memory."""
+    calibrate: int = 8
+    """How many batches a start from data (eva, corda, lora_ga) looks at."""
     diverged: float = 3.0
     """Stop when the loss stays above this multiple of its start."""
 
     def __post_init__(self) -> None:
-        check_positive("train", self, "batch", "accumulate")
+        check_positive("train", self, "batch", "accumulate", "calibrate")
+        check_choice("train.optimizer", self.optimizer, ("adamw", "lora_plus", "lora_fa"))
         if self.batch % self.accumulate:
             raise InputError(
                 f"config.train.batch is {self.batch}, which does not split into "
@@ -71,6 +81,10 @@ class EvaluateSettings:
         check_choice("evaluate.split", self.split, ("test", "dev"))
 
 
+def _default(kind: str) -> dict[str, Any]:
+    return {"name": choices.DEFAULTS[kind]}
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything a fine-tuning run depends on; `model` and `data` are the task's own."""
@@ -79,7 +93,9 @@ class Settings:
     model: Any
     data: Any
     seed: int = 0
-    method: Mapping[str, Any] = field(default_factory=lambda: {"name": DEFAULT_NAMES["method"]})
+    method: Mapping[str, Any] = field(default_factory=lambda: _default("method"))
+    dynamics: Mapping[str, Any] = field(default_factory=lambda: _default("dynamics"))
+    quantize: Mapping[str, Any] = field(default_factory=lambda: _default("quantize"))
     targets: Any = "all_linear"
     train: TrainSettings = field(default_factory=TrainSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
@@ -97,6 +113,10 @@ def resolve(config: Any) -> Settings:
     given = plain(config)
     defaults = _defaults(given)
     completed = _complete(defaults, given, "", flat_keys(defaults) | _chosen_keys(given))
+    if completed["dynamics"]["name"] == "auto":
+        name = completed["method"]["name"]
+        own = name if name in choices.KINDS["dynamics"].__all__ else "none"
+        completed["dynamics"] = {**completed["dynamics"], "name": own}
     if completed["seed"] < 0:
         raise InputError(f"config.seed is {completed['seed']}; give 0 or more")
     entry = TASKS[completed["task"]]
@@ -193,7 +213,7 @@ def _chosen_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in choices.KINDS:
         section = config.get(kind, {})
-        options = choices.defaults(kind, dict(section).get("name", DEFAULT_NAMES[kind]))
+        options = choices.defaults(kind, dict(section).get("name", choices.DEFAULTS[kind]))
         found |= {f"{kind}.{name}": value for name, value in options.items() if name != "name"}
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -197,16 +198,21 @@ def dissolve(params: Any) -> Any:
 
 def summary(frozen: Any, trained: Trained) -> str:
     """`trainable params: X || all params: Y || trainable%: Z`, as PEFT prints it."""
-    base = [
-        leaf.frozen.get("w") if isinstance(leaf, Adapted) else leaf
-        for leaf in tree.flatten(frozen, is_adapted).values()
-    ]
+    leaves = tree.flatten(frozen, is_adapted).values()
+    base = sum(_kernel_size(x) if isinstance(x, Adapted) else tree.count(x) for x in leaves)
     ours = tree.count(trained)
-    total = tree.count(base) + ours
+    total = base + ours
     return (
         f"trainable params: {ours:,} || all params: {total:,} "
         f"|| trainable%: {100 * ours / max(total, 1):.4f}"
     )
+
+
+def _kernel_size(node: Adapted) -> int:
+    """How many numbers of the base a node stands for, packed ones too; none where they train."""
+    if node.site is None:
+        return tree.count(node.frozen.get("w"))
+    return math.prod(node.site.view.shape)
 
 
 def start_of(method: Method, site: Site) -> Any:

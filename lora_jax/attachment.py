@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lora_jax import tree
 from lora_jax.adapter import Adapted, Trained, adapted, stacked, start_of, typed
 from lora_jax.errors import InputError
-from lora_jax.method import Method
+from lora_jax.method import Method, identity
 from lora_jax.operands import lifted
 from lora_jax.sites import Site, Sites
 from lora_jax.tree import Rule
@@ -98,28 +98,42 @@ class _Pool(NamedTuple):
 def _pools(
     key: jax.Array, choices: Mapping[str, Chosen], leaves: Mapping[str, Any], sites: Sites
 ) -> dict[str, _Pool]:
-    """The pool of every path whose method has arrays in common with its equals."""
-    members: dict[Method, list[str]] = {}
+    """The pool of every path whose method has arrays in common with others of the same `common`."""
+    members: dict[Any, list[tuple[str, Method]]] = {}
     for path, choice in choices.items():
-        each = [choice] if isinstance(choice, Method) else choice
-        found = {method for method in each if method and method.common}
-        if len(found) > 1:
-            raise InputError(
-                f"the layers of '{path}' share arrays in two ways, {found}; one stack takes one"
-            )
-        for method in found:
-            members.setdefault(method, []).append(path)
+        if method := _sharing(path, choice):
+            maker = method.innermost.name, identity(method.common)
+            members.setdefault(maker, []).append((path, method))
     pools: dict[str, _Pool] = {}
-    for method, paths in members.items():
-        taken = {pool.name for pool in pools.values()}
-        number = sum(name.split(":")[0] == f"shared/{method.name}" for name in taken)
-        name = f"shared/{method.name}" + (f":{number + 1}" if number else "")
-        shapes = {path: _matrix(leaves[path], sites.get(path), method) for path in paths}
+    firsts: dict[str, list[_Pool]] = {}
+    for (owner, _), found in members.items():
+        before = firsts.setdefault(f"shared/{owner}", [])
+        name = f"shared/{owner}" + (f":{len(before) + 1}" if before else "")
+        shapes = {path: _matrix(leaves[path], sites.get(path), method) for path, method in found}
         folded = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        first, method = found[0]
         assert method.common is not None
-        pool = _Pool(name, paths[0], *method.common(folded, shapes))
-        pools |= dict.fromkeys(paths, pool)
+        pool = _Pool(name, first, *method.common(folded, shapes))
+        if before and pool.frozen:
+            raise InputError(
+                f"{method!r} for '{first}' and another {owner} for '{before[0].first}' would "
+                "freeze two sets of common arrays, but one attach has one; give both what makes "
+                "the same (rank, seed)"
+            )
+        before.append(pool)
+        pools |= dict.fromkeys((path for path, _ in found), pool)
     return pools
+
+
+def _sharing(path: str, choice: Chosen) -> Method | None:
+    """The one method of a choice that has arrays in common with others, if any."""
+    each = [choice] if isinstance(choice, Method) else choice
+    found = {method for method in each if method and method.common}
+    if len(found) > 1:
+        raise InputError(
+            f"the layers of '{path}' share arrays in two ways, {found}; one stack takes one"
+        )
+    return next(iter(found), None)
 
 
 def _matrix(leaf: Any, site: Site | None, method: Method) -> jax.ShapeDtypeStruct:
@@ -195,9 +209,10 @@ def _check_leader(path: str, method: Method, choices: Mapping[str, Chosen]) -> N
 
 def _check_finite(node: Adapted, trained: dict[str, Any]) -> None:
     """Raise InputError where a method that reads its kernel (by an SVD, say) found no numbers."""
-    if node.method.rebuild is None:
+    if node.method.rebuild is None and node.method.data is None:
         return
-    for x in jax.tree.leaves(trained):
+    held = {name: x for name, x in node.frozen.items() if name != "w"}
+    for x in jax.tree.leaves((held, trained)):
         if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
             raise InputError(
                 f"{node.method!r} starts '{node.path}' from its own values, and these give numbers "
@@ -299,6 +314,22 @@ def _check_each(path: str, methods: list[Method | None], site: Site, pool: _Pool
             )
 
 
+def _idle(
+    method: Method, site: Site, w: jax.Array, frozen: dict[str, Any], trained: dict[str, Any]
+) -> dict[str, Any]:
+    """Trained arrays under which a layer that is left alone keeps its kernel: fresh, or zero."""
+    definition = method.weight
+    if method.common is not None or definition is None or isinstance(w, jax.core.Tracer):
+        return trained
+    for arrays in (trained, jax.tree.map(jnp.zeros_like, trained)):
+        if jnp.allclose(definition(frozen, arrays), w, atol=1e-5):
+            return arrays
+    raise InputError(
+        f"the rule for '{site.path}' gives None to a layer beside {method!r}, which changes a "
+        "kernel from the start; give every layer of the stack a method"
+    )
+
+
 def _parts(method: Method, site: Site, pool: _Pool | None) -> Any:
     """The names of the arrays that a method freezes and trains."""
     w = jax.ShapeDtypeStruct((site.d_in, site.d_out), site.dtype)
@@ -330,7 +361,10 @@ def _attach_each(
         data = [
             x.reshape(-1, *x.shape[len(site.stack) :])[i] for x in _data(method, site.path, bare)
         ]
-        pairs.append(start_of(method, site)(k, matrices[i], *data))
+        frozen, trained = start_of(method, site)(k, matrices[i], *data)
+        if methods[i] is None:
+            trained = _idle(method, site, matrices[i], frozen, trained)
+        pairs.append((frozen, trained))
     frozen = stacked([frozen for frozen, _ in pairs], site.stack)
     parts = {str(i): trained for i, (_, trained) in enumerate(pairs)}
     idle = {i: part for i, part in parts.items() if methods[int(i)] is None}

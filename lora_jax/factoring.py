@@ -185,8 +185,8 @@ def joined_parts(node: Any) -> Any:
 def refuse(tracked: Tracked, deed: str) -> NoReturn:
     """Raise the error for what cannot be factored, with the ways out."""
     raise InputError(
-        f"'{tracked.path}' is adapted by {tracked.label.method!r}, but the model {deed}, which has "
-        f"no factored rule; pass materialise='{tracked.path}' to factored, or leave this path out "
+        f"'{tracked.path}' is adapted by {tracked.label.method!r}, but the model {deed}; that has "
+        f"no factored rule: pass materialise='{tracked.path}' to factored, or leave this path out "
         "of the rules"
     )
 
@@ -201,7 +201,7 @@ def _compute(
         riders["w"] = {"w": axes.regroup(tracked.value, tracked.held, target)}
     apply = method.apply or _formed(method)
     if transposed and method.weight is None:
-        refuse(tracked, "multiplies by its transpose, which a method without a matrix has not")
+        refuse(tracked, "multiplies by its transpose, and a method without a matrix has none")
 
     def single(riders: dict[str, Any], array: jax.Array, base: Any) -> jax.Array:
         frozen, trained = riders["frozen"] | riders.get("w", {}), riders["trained"]

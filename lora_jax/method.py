@@ -39,9 +39,10 @@ class Method:
     * `lookup_init` replaces `init` for embeddings.
     * `shared` names trained arrays that the experts of a site have in common.
     * `at` may choose another method for a site by what it is (fewer ranks where there are experts).
-    * `common(key, shapes) -> frozen, trained` makes arrays that all parameters under equal methods
-      of one `attach` have in common; `shapes` are those parameters' matrices by path. They are
-      stored once and meet the functions among `frozen` and `trained`.
+    * `common(key, shapes) -> frozen, trained` makes arrays that all parameters of one `attach` have
+      in common whose methods have this name and an equal `common`; `shapes` are those parameters'
+      matrices by path. They are stored once and meet the functions among `frozen` and `trained`.
+      Frozen arrays of this kind there may be one set of for a name.
     * `data` holds, by path, what `init` takes as third argument (gradients, say), stacked as the
       parameter is; {} says that it is wanted. Without that argument `init` gives the shapes alone.
     * `rebuild(w, frozen)` gives the frozen arrays that follow from the base's kernel `w`, which
@@ -50,6 +51,8 @@ class Method:
     * `splits`: which sides of the matrix, "in" and "out", a `shard_map` may split over devices.
       Over "out", columns of the result follow from the same columns of the arrays; over "in",
       `apply` on parts of that axis adds up to the whole, with sums over it through `x.total`.
+    * `follows` is the path of another parameter, whose trained arrays (of its whole stack) the
+      functions find among `trained`; such a method stands `anywhere` (a bias scaled as its kernel).
 
     Two methods are equal when their functions are: same code, same captured values. So equal
     configurations share one compilation, and an edited function never runs stale code.
@@ -80,17 +83,24 @@ class Method:
     rebuild: Callable[[jax.Array, Arrays], Arrays] | None = None
     factors: Callable[[Arrays, Arrays], tuple[jax.Array, jax.Array]] | None = None
     splits: tuple[str, ...] = ()
+    follows: str = ""
     factory: Callable[..., Method] | None = None
+
+    @property
+    def innermost(self) -> Method:
+        """The method under all that wrap it (`quantized`, `tied`), as `hyper["method"]`."""
+        inside = self.hyper.get("method")
+        return inside.innermost if isinstance(inside, Method) else self
 
     @functools.cached_property
     def _identity(self) -> Any:
         starts = (self.init, self.lookup_init, self.at, self.common, self.data, self.rebuild)
-        return self.forward, tuple(identity(function) for function in starts)
+        return self.forward, self.follows, tuple(identity(function) for function in starts)
 
     @functools.cached_property
     def forward(self) -> Any:
         """What a compiled program depends on: equal where methods differ in how they start only."""
-        flags = self.name, self.anywhere, self.shared, self.splits
+        flags = self.anywhere, self.shared, self.splits
         return flags, tuple(identity(f) for f in (self.weight, self.apply, self.factors))
 
     def __eq__(self, other: object) -> bool:
@@ -113,20 +123,28 @@ class Method:
 def sides(method: Method, lookup: bool) -> tuple[Any, Any]:
     """Which axes of a method's frozen and trained arrays run along the input and the output side.
 
-    Two trees of tuples with "in", "out" or None an axis, found by asking `init` for two shapes.
+    Two trees of tuples with "in", "out" or None an axis, found by asking `init` for two shapes;
+    empty for a method that nobody may split, whose `init` may refuse these shapes.
 
     >>> from lora_jax import lora
     >>> sides(lora(rank=2), False)[1]["b"]
     (None, 'out')
     """
+    if not method.splits:
+        return {}, {}
     start = method.lookup_init if lookup and method.lookup_init else method.init
-    key = jax.random.key(0)
+    key, common = jax.random.key(0), method.common
 
     def shapes(d_in: int, d_out: int) -> Any:
         w = jax.ShapeDtypeStruct((d_in, d_out), jax.numpy.float32)
-        return jax.eval_shape(start, key, w)
+        own = jax.eval_shape(start, key, w)
+        if common is None:
+            return own
+        shared = jax.eval_shape(lambda key, made=common: made(key, {"": w}), key)
+        return own[0] | shared[0], own[1] | shared[1]
 
-    small, tall, broad = shapes(64, 64), shapes(128, 64), shapes(64, 128)
+    size = 4096  # above any rank or block: only shapes are made
+    small, tall, broad = shapes(size, size), shapes(2 * size, size), shapes(size, 2 * size)
 
     def names(small: Any, tall: Any, broad: Any) -> tuple[str | None, ...]:
         sizes = zip(small.shape, tall.shape, broad.shape, strict=True)

@@ -78,3 +78,19 @@ def recurrent(site: Site) -> bool:
 def recurrent_input(site: Site) -> bool:
     """Kernels that bring an input into a recurrent cell: `x @ w` beside `h @ w` in one loop."""
     return site.role == "input"
+
+
+def biases(*owners: str) -> str:
+    """A pattern for the biases of all modules, or of those with these names: BitFit's targets.
+
+    `{biases(): full()}` trains every bias, those of norms among them. The authors' smaller variant
+    takes the query's and one of the feed-forward's: `biases("q_proj", "down_proj")` for the second
+    kernel's. (Their own count of "MLP layers" begins with the attention's output kernel, by which
+    the second one is `up_proj`.) Biases are no kernels, so they are known by the name `bias`.
+
+    Source: Ben Zaken et al. 2021, arXiv:2106.10199.
+
+    >>> bool(re.fullmatch(biases("q_proj"), "layers/attn/q_proj/bias"))
+    True
+    """
+    return f"(.*/)?({'|'.join(owners)})/bias" if owners else "(.*/)?bias"

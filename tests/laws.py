@@ -14,7 +14,7 @@ from cases import CASES
 from claims import CLAIMS
 
 import lora_jax as lj
-from lora_jax.testing import LAWS, MODELS, Claim, Row, laws
+from lora_jax.testing import LAWS, MODELS, Claim, Row, compiled_as_users_do, laws
 from lora_jax.testing.row import plain
 
 VARIANTS = {
@@ -27,7 +27,7 @@ VARIANTS = {
 MAIN = ("lora", "dora")  # these meet every case, the others the thorough ones
 ROWS = [(case, name) for name in VARIANTS for case in CASES if name in MAIN or case.thorough]
 NARROW = [(case, name) for case, name in ROWS if name == "lora" or case.thorough]
-OFTEN = ("dense", "scanned", "tied")  # the models that every method meets in the default suite
+OFTEN = ("dense", "scanned")  # the models that every method meets in the default suite
 
 
 @functools.cache
@@ -37,20 +37,29 @@ def row(case, name):
 
 def rows(pairs):
     """The table as parameters of a test; the methods besides the main two are slow."""
-    slow = {True: (), False: pytest.mark.slow}
-    return pytest.mark.parametrize(
-        "case, name", [pytest.param(*pair, marks=slow[pair[1] in MAIN]) for pair in pairs], ids=str
-    )
+
+    def marks(case, name):
+        rare = () if name in MAIN else (pytest.mark.slow,)
+        return (*rare, pytest.mark.xdist_group(f"{case} {name}"))
+
+    table = [pytest.param(*pair, marks=marks(*pair)) for pair in pairs]
+    return pytest.mark.parametrize("case, name", table, ids=str)
 
 
 every_row = rows(ROWS)
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-@every_case
+def cases(name, chosen=CASES):
+    """Cases as parameters of a test of one method."""
+    groups = [pytest.mark.xdist_group(f"{case} {name}") for case in chosen]
+    table = [pytest.param(case, marks=group) for case, group in zip(chosen, groups, strict=True)]
+    return pytest.mark.parametrize("case", table, ids=str)
+
+
+@cases("lora")
 def test_a_fresh_lora_changes_no_bit(case):
     made = row(case, "lora")
-    fresh = jax.jit(lj.factored(made.apply))(lj.bind(*made.attached), *made.inputs)
+    fresh = compiled_as_users_do(lj.factored(made.apply))(lj.bind(*made.attached), *made.inputs)
     laws.close(fresh, plain(case))
     if not case.exact:
         return
@@ -89,12 +98,12 @@ def test_a_bfloat16_base_has_float32_adapters(case, name):
     laws.a_bfloat16_base_has_float32_adapters(row(case, name))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.thorough], ids=str)
+@cases("lora", [case for case in CASES if case.thorough])
 def test_jit_equals_eager(case):
     laws.jit_equals_eager(row(case, "lora"))
 
 
-@every_case
+@cases("dora")
 def test_shapes_are_enough(case):
     laws.shapes_are_enough(row(case, "dora"))
 
@@ -104,10 +113,16 @@ def claimed(model, name):
     return Row(model, CLAIMS[name])
 
 
+def claimed_marks(model, name):
+    rare = () if str(model) in OFTEN else (pytest.mark.slow,)
+    return (*rare, pytest.mark.xdist_group(f"{model} {name} claimed"))
+
+
 EVERY_METHOD = [
-    pytest.param(model, name, marks=() if str(model) in OFTEN else pytest.mark.slow)
+    pytest.param(model, name, marks=claimed_marks(model, name))
     for name in CLAIMS
     for model in MODELS
+    if not (model.transposed and CLAIMS[name].make().weight is None)
 ]
 
 

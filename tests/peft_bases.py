@@ -38,6 +38,13 @@ def logits(model, frozen, trained):
     return lj.factored(model.apply)(lj.bind(frozen, trained), IDS)
 
 
+def base_of(adapter):
+    """The base that a golden adapter was made on."""
+    if adapter.endswith("_tied"):
+        return "llama_tied"
+    return "llama_bias" if adapter.startswith("bias_") or adapter == "lora_bias" else "llama"
+
+
 def distance(x, y):
     """Largest difference over the largest value."""
     return float(np.abs(np.asarray(x) - np.asarray(y)).max() / np.abs(np.asarray(y)).max())

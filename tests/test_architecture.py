@@ -24,13 +24,32 @@ MAY = {
     "attachment": {"tree", "method", "operands", "sites", "adapter"},
     "factoring": {"fused", "method", "tracing", "operands", "recorder", "sites", "adapter"},
     "transform": {"tree", "fused", "tracing", "adapter", "factoring"},
-    "methods": {"method"},
+    "inits": {"method"},
+    "methods": {"method", "tree", "torch_random", "inits"},
+    "quant": {"method", "operands"},
+    "torch_random": set(),
     "models": {"io"},
+    "prompts": {"models"},
     "data": {"io"},
     "generate": set(),
     "evaluate": {"data"},
-    "io": {"tree", "method", "methods", "operands", "sites", "adapter", "attachment", "models"},
-    "train": {"tree", "method", "sites", "adapter", "transform", "evaluate"},
+    "io": {
+        *("tree", "method", "methods", "torch_random", "operands", "sites", "adapter"),
+        *("attachment", "models", "prompts", "quant"),
+    },
+    "dynamics": {"tree", "method", "operands", "adapter"},
+    "optim": {"tree", "method", "sites", "adapter"},
+    "calibrate": {"tree", "method", "inits", "sites", "adapter", "attachment", "transform"},
+    "compose": {"tree", "fused", "method", "methods", "operands", "sites", "adapter"},
+    "analysis": set(),
+    "testing": {
+        *("tree", "method", "sites", "select", "frameworks", "adapter", "attachment", "transform"),
+        "io",
+    },
+    "train": {"tree", "method", "sites", "adapter", "transform", "evaluate", "dynamics"},
+    "lora_drop": {
+        *("tree", "method", "methods", "sites", "adapter", "attachment", "transform", "train"),
+    },
 }  # fmt: skip
 
 

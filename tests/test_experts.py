@@ -57,7 +57,7 @@ def test_experts_share_the_rank_that_a_token_meets():
     assert lj.adapted(frozen)["up"].method.hyper["rank"] == 1
 
 
-@pytest.mark.parametrize("method", [lj.lora, lj.dora], ids=str)
+@pytest.mark.parametrize("method", [lj.lora, lj.dora])
 def test_the_outer_factor_can_be_one_for_all_experts(method):
     frozen, trained = attached({"up": method(2, share="a"), "down": method(2, share="b")})
     assert trained["up"]["a"].shape == (1, D, 2)

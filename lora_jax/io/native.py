@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from lora_jax import methods, tree
+from lora_jax import methods, quant, tree
 from lora_jax.adapter import Adapted, Trained, adapted, start_of
 from lora_jax.attachment import skeleton
 from lora_jax.errors import InputError
@@ -28,10 +28,12 @@ from lora_jax.io.peft.notes import check_base
 from lora_jax.io.swap import swap_folder
 from lora_jax.method import Method
 from lora_jax.operands import lifted
+from lora_jax.quant import Storage
 from lora_jax.sites import Sites
 
 WEIGHTS, NOTES = "adapter.safetensors", "lora_jax.json"
 _FORMAT = 1
+_RECORDS = (Method, Storage)
 _LISTED = 4
 
 
@@ -55,7 +57,7 @@ def save_adapter(
         "library": "lora_jax",
         "version": _version(),
         "adapted": {
-            path: {"method": _written(node.methods), "shape": _shape(node, trained[path])}
+            path: {"method": _written(node.methods), "shape": _shape(node, _seen(node, trained))}
             for path, node in nodes.items()
         },
         "provenance": dict(provenance or {}),
@@ -84,7 +86,7 @@ def load_adapter(
     records = notes["adapted"]
     leaves = tree.flatten(sites.taken_apart(params))
     _check(place, {p: r["shape"] for p, r in records.items()}, leaves, "parameters", subset=True)
-    known = {name: getattr(methods, name) for name in methods.__all__} | dict(factories or {})
+    known = _known() | dict(factories or {})
     rules = {re.escape(p): _rebuilt(r["method"], known, place) for p, r in records.items()}
     shapes, trained = skeleton(params, rules, sites) if rules else (params, {})
     nodes = adapted(shapes)
@@ -104,6 +106,11 @@ def _shape(node: Adapted, trained: dict[str, Any]) -> list[int]:
         return list(node.site.view.shape)
     assert node.method.weight is not None
     return list(jax.eval_shape(node.method.weight, node.frozen, trained).shape)
+
+
+def _seen(node: Adapted, trained: Trained) -> dict[str, Any]:
+    """A node's trained arrays, its own and those that it shares."""
+    return trained.get(node.pool, {}) | trained[node.path]
 
 
 def _parts(nodes: Mapping[str, Adapted], trained: Trained) -> dict[str, Any]:
@@ -175,9 +182,15 @@ def _keeps_kernel(node: Adapted) -> bool:
     return outputs[0]["w"] is traced.jaxpr.invars[-1]
 
 
+def _known() -> dict[str, Callable[..., Any]]:
+    """Our factories of methods and storages, by name."""
+    return {name: getattr(place, name) for place in (methods, quant) for name in place.__all__}
+
+
 def _written(choice: Any) -> Any:
-    if isinstance(choice, Method):
-        return {"name": choice.name, **choice.hyper}
+    if isinstance(choice, _RECORDS):
+        hyper = {n: _written(v) if isinstance(v, _RECORDS) else v for n, v in choice.hyper.items()}
+        return {"name": choice.name, **hyper}
     return [method and _written(method) for method in choice]
 
 
@@ -185,7 +198,10 @@ def _rebuilt(written: Any, known: Mapping[str, Callable[..., Method]], place: st
     if isinstance(written, list):
         return [method and _rebuilt(method, known, place) for method in written]
     try:
-        hyper = dict(written)
+        hyper: dict[str, Any] = {
+            n: _rebuilt(v, known, place) if isinstance(v, dict) and "name" in v else v
+            for n, v in written.items()
+        }
         return known[hyper.pop("name")](**hyper)
     except (KeyError, TypeError, ValueError) as fault:
         raise InputError(

@@ -7,15 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.errors import InputError
+from lora_jax.inits import Start, named, remainder
 from lora_jax.method import Arrays, Method
-from lora_jax.methods.lora import (
-    check_experts,
-    check_factors,
-    factors,
-    fewer_ranks,
-    lookup_factors,
-    scale_of,
-)
+from lora_jax.methods.lora import check_experts, check_factors, fewer_ranks, rebuilt, scale_of
 
 
 def dora(
@@ -25,7 +20,7 @@ def dora(
     rslora: bool = False,
     dropout: float = 0.0,
     detach_norm: bool = True,
-    init: str = "kaiming",
+    init: str | Start = "kaiming",
     active_experts: int = 1,
     share: str = "",
 ) -> Method:
@@ -36,29 +31,37 @@ def dora(
     `detach_norm` no gradient flows through `|v|` (the authors' and PEFT's form). With dropout the
     base term stays whole: `y = x w + (c - 1) (drop(x) w) + c s (drop(x) a) b`. Where `|v| = 0`,
     `c = 1`. The norm comes from `|v|^2 = |w|^2 + 2 s (w^T a) b + s^2 b^T (a^T a) b` per column,
-    so `a b` is never formed. Trains `rank (d_in + d_out) + d_out` numbers; hyper-parameters and
-    errors as in `lora`.
+    so `a b` is never formed. Trains `rank (d_in + d_out) + d_out` numbers; hyper-parameters, inits
+    and errors as in `lora`. An init that freezes a factor is refused.
 
     Source: Liu et al. 2024, arXiv:2402.09353.
 
     >>> dora(rank=4, alpha=8).hyper["rank"]
     4
     """
-    check_factors("dora", rank, alpha, dropout, init)
-    check_experts("dora", active_experts, share, ("a", "b"))
-    scale = scale_of(rank, alpha, rslora)
+    check_factors("dora", rank, alpha, dropout)
+    begin = named(init, "dora")
+    if begin.freezes:
+        raise InputError(f"dora(init={begin.name!r}): it freezes a factor; use it with lora")
+    check_experts("dora", active_experts, share, ("a", "b"), begin)
+    scale, residual = scale_of(rank, alpha, rslora), begin.residual
 
     def split(w: jax.Array, a: jax.Array, b: jax.Array) -> tuple[Arrays, Arrays]:
-        square = jnp.sum(jnp.square(w.astype(a.dtype)), axis=0)
+        square = _squares(w, a)
+        trained = {"a": a, "b": b, "magnitude": jnp.sqrt(square)}
         frozen = {"w": w, "scale": jnp.asarray(scale, a.dtype), "square_norm": square}
-        return frozen, {"a": a, "b": b, "magnitude": jnp.sqrt(square)}
+        if residual:
+            frozen |= {"a_0": a, "b_0": b}
+            frozen |= remainder(w, frozen)
+            frozen["square_norm"] = _squares(frozen["w"], a)
+            trained |= {"a": jnp.copy(a), "b": jnp.copy(b)}  # a step may give these buffers away
+        return frozen, trained
 
-    def start(key: jax.Array, w: jax.Array) -> tuple[Arrays, Arrays]:
-        return split(w, *factors(key, w, rank, init))
+    def start(key: jax.Array, w: jax.Array, *datum: Any) -> tuple[Arrays, Arrays]:
+        return split(w, *begin.factors(key, w, rank, scale, *datum, lookup=False))
 
-    def start_lookup(key: jax.Array, w: jax.Array) -> tuple[Arrays, Arrays]:
-        a, b = lookup_factors(key, w, rank)
-        return split(w, a, b)
+    def start_lookup(key: jax.Array, w: jax.Array, *datum: Any) -> tuple[Arrays, Arrays]:
+        return split(w, *begin.factors(key, w, rank, scale, *datum, lookup=True))
 
     def weight(frozen: Arrays, trained: Arrays) -> jax.Array:
         v = frozen["w"] + frozen["scale"] * (trained["a"] @ trained["b"])
@@ -80,7 +83,7 @@ def dora(
         "rslora": rslora,
         "dropout": float(dropout),
         "detach_norm": detach_norm,
-        "init": init,
+        "init": begin.name,
         "active_experts": active_experts,
         "share": share,
     }
@@ -92,10 +95,17 @@ def dora(
         hyper,
         lookup_init=start_lookup,
         shared=(share,) if share else (),
-        at=fewer_ranks(dora, hyper),
+        at=fewer_ranks(dora, {**hyper, "init": begin}),
+        data=begin.data,
+        rebuild=rebuilt(begin),
         splits=("in", "out"),
         factory=dora,
     )
+
+
+def _squares(w: jax.Array, like: jax.Array) -> jax.Array:
+    """`|w|^2` of each column, in the factors' dtype."""
+    return jnp.sum(jnp.square(w.astype(like.dtype)), axis=0)
 
 
 def _square_norm(

@@ -7,7 +7,7 @@ L layers, V vocabulary. Kernels are [d_in, d_out] and meet their input as `x @ k
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from lora_jax.models.rope import rotate, rotations
 
 Rotations: TypeAlias = tuple[jax.Array, jax.Array]
 LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
-Layer: TypeAlias = Callable[[jax.Array, nnx.State], tuple[jax.Array, None]]
+Layer: TypeAlias = Callable[[jax.Array, tuple[nnx.State, Any]], tuple[jax.Array, None]]
 REMATS = ("none", "projections", "layers")
 
 _PROJECTION = "projection"  # the name of outputs that remat="projections" keeps
@@ -60,19 +60,31 @@ class RMSNorm(nnx.Module):
 
 
 def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`attend` for T = S and a causal mask, without most of what such a mask throws away.
+    """`attend` for T <= S and a causal mask, without most of what such a mask throws away.
 
-    Queries go in up to four blocks, each against the keys up to its own end: at four, 5/8 of the
-    products. At T = 256 on two CPU cores that is 14 % of a whole training step.
+    The last T keys are those of the queries. Queries go in up to four blocks, each against the keys
+    up to its own end: at T = S, four take 5/8 of the products. At T = 256 on two CPU cores that is
+    14 % of a whole training step.
     """
-    time = q.shape[1]
+    time, before = q.shape[1], k.shape[1] - q.shape[1]
     blocks = min(4, max(1, time // 64))
     ends = [time * block // blocks for block in range(blocks + 1)]
     parts = [
-        attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end])
+        attend(
+            q[:, start:end],
+            k[:, : before + end],
+            v[:, : before + end],
+            mask[:, start:end, : before + end],
+        )
         for start, end in pairwise(ends)
     ]
     return jnp.concatenate(parts, axis=1)
+
+
+def _after(old: jax.Array, new: jax.Array) -> jax.Array:
+    """Keys (or values) [B, T, K, d] behind those [n, K, d] that all rows have before them."""
+    rows = jnp.broadcast_to(old.astype(new.dtype)[None], (new.shape[0], *old.shape))
+    return jnp.concatenate([rows, new], axis=1)
 
 
 class Attention(nnx.Module):
@@ -97,18 +109,21 @@ class Attention(nnx.Module):
         turns: Rotations,
         mask: jax.Array,
         past: LayerCache | None = None,
-        slot: jax.Array | int = 0,
+        slot: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         """`x` [B, T, D] -> output [B, T, D] and the keys and values attended to.
 
-        With `past`, the new keys and values are first written into it from `slot` on.
+        With `past`, the new keys and values are first written into it from `slot` on; without a
+        slot they come after it, and `past` is one [n, K, d] each for all rows.
         """
         q, k, v = (
             self._heads(checkpoint_name(project(x), _PROJECTION))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, *turns), rotate(k, *turns)
-        if past is None:
+        if past is not None and slot is None:
+            k, v = (_after(old, new) for old, new in zip(past, (k, v), strict=True))
+        if past is None or slot is None:
             return self.o_proj(attend_causally(q, k, v, mask)), (k, v)
         k, v = (
             jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1)
@@ -148,7 +163,7 @@ class Block(nnx.Module):
         turns: Rotations,
         mask: jax.Array,
         past: LayerCache | None = None,
-        slot: jax.Array | int = 0,
+        slot: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         """`x` [B, T, D] -> the next layer's x and this layer's keys and values."""
         attended, kept = self.attn(self.attn_norm(x), turns, mask, past, slot)
@@ -199,20 +214,31 @@ class Llama(nnx.Module):
         return self.trunk(self.embed(ids), positions, mask)
 
     def trunk(
-        self, x: jax.Array, positions: jax.Array | None = None, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        prefix: LayerCache | None = None,
     ) -> jax.Array:
-        """The layers and the final norm over embedded inputs x [B, T, D]; as `hidden` otherwise."""
-        time = x.shape[1]
-        positions = jnp.arange(time)[None, :] if positions is None else positions
+        """The layers and the final norm over embedded inputs x [B, T, D]; as `hidden` otherwise.
+
+        `prefix` are keys and values [L, n, K, d] that stand before x in every row, seen by all; the
+        default positions then start at n.
+        """
+        time, before = x.shape[1], 0 if prefix is None else prefix[0].shape[1]
+        positions = before + jnp.arange(time)[None, :] if positions is None else positions
         turns = rotations(self.config, positions)
         causal = jnp.tril(jnp.ones((time, time), bool))[None]
         seen = causal if mask is None else jnp.logical_and(causal, mask[:, None, :])
+        seen = jnp.pad(seen, ((0, 0), (0, 0), (before, 0)), constant_values=True)
         graph, stack = nnx.split(self.layers)
 
-        def layer(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, weights)(x, turns, seen)[0], None
+        def layer(x: jax.Array, own: tuple[nnx.State, Any]) -> tuple[jax.Array, None]:
+            weights, past = own
+            return nnx.merge(graph, weights)(x, turns, seen, past)[0], None
 
-        x, _ = jax.lax.scan(recomputed(layer, self.remat), x.astype(self.dtype), stack)
+        each = (stack, prefix)
+        x, _ = jax.lax.scan(recomputed(layer, self.remat), x.astype(self.dtype), each)
         return self.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -233,8 +259,14 @@ class Llama(nnx.Module):
 
         `mask` [B, T] is False at padding, on whichever side. The cache must have room for T more.
         """
-        time = ids.shape[1]
-        mask = jnp.ones(ids.shape, bool) if mask is None else mask
+        return self.advance(self.embed(ids), cache, mask)
+
+    def advance(
+        self, x: jax.Array, cache: Cache, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """`decode` from embedded inputs x [B, T, D] on."""
+        time = x.shape[1]
+        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
         counts = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
         turns = rotations(self.config, jnp.maximum(cache.lengths[:, None] + counts - 1, 0))
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, mask, cache.slot, axis=1)
@@ -249,7 +281,7 @@ class Llama(nnx.Module):
             weights, past = weights_and_past
             return nnx.merge(graph, weights)(x, turns, seen, past, cache.slot)
 
-        start = self.embed(ids).astype(self.dtype)
+        start = x.astype(self.dtype)
         x, (keys, values) = jax.lax.scan(layer, start, (stack, (cache.keys, cache.values)))
         last = jnp.where(mask, jnp.arange(time)[None, :], 0).max(axis=1)
         final = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

@@ -12,7 +12,7 @@ from flax import nnx
 
 from lora_jax.errors import InputError
 from lora_jax.models.config import LlamaConfig
-from lora_jax.models.llama import REMATS, Cache, Llama
+from lora_jax.models.llama import REMATS, Cache, LayerCache, Llama
 
 if TYPE_CHECKING:
     from lora_jax.io.sources import Source
@@ -91,10 +91,14 @@ class Model:
         x: jax.Array,
         positions: jax.Array | None = None,
         mask: jax.Array | None = None,
+        prefix: LayerCache | None = None,
     ) -> jax.Array:
-        """`hidden` from embedded inputs `x` [B, T, D] on, for inputs that are no tokens."""
-        self._check_length(x.shape[1])
-        return self._module(params).trunk(x, positions, mask)
+        """`hidden` from embedded inputs `x` [B, T, D] on, for inputs that are no tokens.
+
+        `prefix` are keys and values [L, n, K, d] that every row attends to before its own.
+        """
+        self._check_length(x.shape[1] + (0 if prefix is None else prefix[0].shape[1]))
+        return self._module(params).trunk(x, positions, mask, prefix)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """`hidden` [..., D] -> float32 logits [..., V]; `apply` is `logits` after `hidden`."""
@@ -108,6 +112,12 @@ class Model:
         Rows may be padded on either side, `mask` [B, T] being False there.
         """
         return self._module(params).decode(ids, cache, mask)
+
+    def advance(
+        self, params: Params, x: jax.Array, cache: Cache, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """`decode` from embedded inputs `x` [B, T, D] on, for inputs that are no tokens."""
+        return self._module(params).advance(x, cache, mask)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of at most `length` tokens, padding included."""

@@ -2,7 +2,7 @@
 
 from lora_jax.operands.convolution import Convolution
 from lora_jax.operands.dense import Dense, Lookup
-from lora_jax.operands.product import Operand, Product, lifted
+from lora_jax.operands.product import KEPT, Operand, Product, lifted
 from lora_jax.operands.ragged import Ragged
 
 PRODUCTS: dict[str, type[Product]] = {
@@ -12,4 +12,4 @@ PRODUCTS: dict[str, type[Product]] = {
     "ragged": Ragged,
 }
 
-__all__ = ["PRODUCTS", "Operand", "Product", "lifted"]
+__all__ = ["KEPT", "PRODUCTS", "Operand", "Product", "lifted"]

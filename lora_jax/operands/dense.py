@@ -101,9 +101,13 @@ class Lookup(Product):
         self.out_dims = tuple(places[i] if i in places else (next(rest),) for i in range(ndim))
 
     def multiply(self, array: jax.Array, matrix: jax.Array) -> jax.Array:
-        """Rows of a `[d_in, k]` matrix at the same indices, in the same mode: `[T, k]`."""
+        """Rows of a `[d_in, k]` matrix at the same indices, in the same mode: `[T, k]`.
+
+        The base term alone says what an index out of range gives; a packed base comes as a matrix.
+        """
         params = self.at.params
         width = matrix.shape[1]
+        whole = self.tracked.value is None and width == self.view.d_out
         numbers = jax.lax.GatherDimensionNumbers(
             offset_dims=(array.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
         )
@@ -115,6 +119,6 @@ class Lookup(Product):
             indices_are_sorted=params["indices_are_sorted"],
             unique_indices=params["unique_indices"],
             mode=params["mode"],
-            fill_value=0,  # the base term alone says what an index out of range gives
+            fill_value=params["fill_value"] if whole else 0,
         )
         return rows.reshape(math.prod(array.shape[:-1]), width)

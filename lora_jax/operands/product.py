@@ -14,12 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.tracing import axes
 from lora_jax.tracing.axes import Atom, Dims, View
 from lora_jax.tracing.tracked import Equation, Tracked
 
 Single = Callable[[Any, Any, Any], jax.Array]  # riders, operand, base term -> result, one matrix
+KEPT = "product"  # the name, for checkpoint policies, of products with a `kept` operand
 
 
 class Operand:
@@ -36,15 +38,27 @@ class Operand:
         array: jax.Array,
         key: Any = None,
         known: tuple[Any, Any] = (None, None),
+        name: str = "",
     ) -> None:
-        self.dtype = product.dtype
+        self.dtype, self.linear = product.dtype, False
         self._product, self._array, self._key, self._known = product, array, key, known
+        self._name = name
 
     def __matmul__(self, matrix: jax.Array) -> jax.Array:
         kernel, base = self._known
         if base is not None and matrix is kernel:
             return base
-        return self._product.multiply(self._array, matrix)
+        y = self._product.multiply(self._array, matrix)
+        return checkpoint_name(y, self._name) if self._name else y
+
+    def kept(self) -> Operand:
+        """The same, whose products a `jax.checkpoint` may keep, as it finds them by the name KEPT.
+
+        Itself where it is about to be transposed: there is no transpose of a name.
+        """
+        if self.linear:
+            return self
+        return Operand(self._product, self._array, self._key, self._known, KEPT)
 
     def dropout(self, rate: float) -> Operand:
         """Entries dropped with probability `rate`, the others scaled by `1 / (1 - rate)`.
@@ -55,7 +69,12 @@ class Operand:
             return self
         keep = jax.random.bernoulli(self._key, 1 - rate, self._array.shape)
         dropped = jnp.where(keep, self._array / (1 - rate), 0).astype(self._array.dtype)
-        return Operand(self._product, dropped, self._key)
+        return Operand(self._product, dropped, self._key, name=self._name)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The sizes of the axes that the T rows of a result run over, such as batch and time."""
+        return tuple(atom.size for atom in self._product.free)
 
     def rows(self, vector: jax.Array) -> jax.Array:
         """A vector of the matrix as it meets each row of a result: `rows(c) * (x @ w)`.
@@ -125,7 +144,7 @@ class Product(abc.ABC):
 
         def forward(z: jax.Array) -> jax.Array:
             operand = Operand(self, z)
-            operand.dtype = z.dtype
+            operand.dtype, operand.linear = z.dtype, True
             return apply(operand).astype(array.dtype)
 
         array = array.astype(self.out_dtype)  # so that logits keep what they accumulate in

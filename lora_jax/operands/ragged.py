@@ -20,6 +20,10 @@ class Ragged(Product):
     experts' matrices is again one ragged product, so `(x @ a) @ b` costs `2 T r (d_in + d_out)`
     FLOPs where the hardware has ragged products. (XLA's CPU backend computes every expert on every
     row and masks, for the base as for the factors.) Rows of no expert give zero, as in the base.
+
+    `which` is the expert's number under that `vmap`. It goes into every function that has a rule of
+    its own for `vmap`, so that the rule runs also where all else is shared: left to JAX, a function
+    with such a rule cannot be differentiated.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -28,6 +32,7 @@ class Ragged(Product):
         ((contracted,), _), _ = numbers.dot_dimension_numbers
         self.operand = jnp.moveaxis(jnp.asarray(self.at.values[0]), contracted, -1)
         self.sizes = jnp.asarray(self.at.values[2])
+        self.which = jnp.zeros((), jnp.int32)
         self.free = tuple(free_labels(self.operand.shape[:1]))
         self.out_dims = (self.free, self.view.outs)
         names = ("precision", "preferred_element_type")
@@ -48,32 +53,34 @@ class Ragged(Product):
         """`single` for all experts at once, each row its own expert's."""
         (size,) = self.stack
 
-        def expert(riders: Any) -> jax.Array:
-            return _own(single(riders, self.operand, base), self.sizes)
+        def expert(riders: Any, which: jax.Array) -> jax.Array:
+            self.which = which
+            return _own(single(riders, self.operand, base), self.sizes, which)
 
         if "key" in riders and riders["key"] is not None:
             riders = {**riders, "key": riders["key"][:1]}
         where = jax.tree.map(lambda x: 0 if x.shape[0] == size else None, riders)
         riders = jax.tree.map(lambda x: x if x.shape[0] == size else x[0], riders)
-        return jax.vmap(expert, in_axes=(where,), out_axes=None, axis_size=size)(riders)
+        mapped = jax.vmap(expert, in_axes=(where, 0), out_axes=None, axis_size=size)
+        return mapped(riders, jnp.arange(size))
 
     def multiply(self, array: jax.Array, matrix: jax.Array) -> jax.Array:
         """The rows of each expert times its own matrix."""
 
         @custom_vmap
-        def product(x: jax.Array, m: jax.Array, sizes: jax.Array) -> jax.Array:
-            return x @ m  # one matrix for all experts
+        def product(x: jax.Array, m: jax.Array, sizes: jax.Array, which: jax.Array) -> jax.Array:
+            return x @ m
 
         @product.def_vmap
-        def experts(size: int, batched: Any, x: Any, m: Any, sizes: Any) -> Any:
+        def experts(size: int, batched: Any, x: Any, m: Any, sizes: Any, which: Any) -> Any:
             x = _choose(x, sizes) if batched[0] else x
             return (self.product(x, m, sizes) if batched[1] else x @ m), False
 
-        return product(array, matrix.astype(array.dtype), self.sizes)
+        return product(array, matrix.astype(array.dtype), self.sizes, self.which)
 
     def rows(self, vector: jax.Array) -> jax.Array:
         """Every row's own expert's vector, `[T, k]`."""
-        return _rows(vector, self.sizes, self.operand.shape[0])
+        return _rows(vector, self.sizes, self.which, self.operand.shape[0])
 
 
 def ragged(**options: Any) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
@@ -132,24 +139,24 @@ def _choose(stacked: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 @custom_vmap
-def _own(y: jax.Array, sizes: jax.Array) -> jax.Array:
+def _own(y: jax.Array, sizes: jax.Array, which: jax.Array) -> jax.Array:
     return y
 
 
 @_own.def_vmap
-def _own_rows(size: int, batched: Any, y: jax.Array, sizes: jax.Array) -> Any:
+def _own_rows(size: int, batched: Any, y: jax.Array, sizes: jax.Array, which: Any) -> Any:
     return (_choose(y, sizes) if batched[0] else y), False
 
 
-def _rows(vector: jax.Array, sizes: jax.Array, rows: int) -> jax.Array:
+def _rows(vector: jax.Array, sizes: jax.Array, which: jax.Array, rows: int) -> jax.Array:
     @custom_vmap
-    def spread(vector: jax.Array, sizes: jax.Array) -> jax.Array:
+    def spread(vector: jax.Array, sizes: jax.Array, which: jax.Array) -> jax.Array:
         return jnp.broadcast_to(vector, (rows, *vector.shape))
 
     @spread.def_vmap
-    def own(size: int, batched: Any, vector: jax.Array, sizes: jax.Array) -> Any:
+    def own(size: int, batched: Any, vector: jax.Array, sizes: jax.Array, which: Any) -> Any:
         if not batched[0]:
             return jnp.broadcast_to(vector, (rows, *vector.shape)), False
         return vector[_expert_of(sizes, rows)], False
 
-    return spread(vector, sizes)
+    return spread(vector, sizes, which)

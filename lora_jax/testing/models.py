@@ -59,7 +59,7 @@ def scanned(key: jax.Array) -> Built:
 def convolution(key: jax.Array) -> Built:
     """A strided convolution and one in two groups."""
     draw = Draw(key)
-    params = {"first": draw.kernel(3, 2, 4, 8), "second": draw.kernel(2, 2, 4, 12)}
+    params = {"first": draw.kernel(3, 2, 4, 8), "second": draw.kernel(2, 2, 4, 16)}
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
         layout: Any = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}

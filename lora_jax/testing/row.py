@@ -15,7 +15,7 @@ from lora_jax.adapter import bind, merge
 from lora_jax.attachment import attach
 from lora_jax.method import Method
 from lora_jax.sites import find_sites
-from lora_jax.testing.case import Case, quick
+from lora_jax.testing.case import Case, compiled_as_users_do, quick
 from lora_jax.transform import factored, materialised
 
 Count = Callable[[Sequence[tuple[int, int]]], int]
@@ -46,7 +46,7 @@ def _built(case: Case) -> tuple[Any, ...]:
 def plain(case: Case) -> Any:
     """The outputs of a case's model as it is."""
     apply, params, inputs, _ = _built(case)
-    return jax.jit(apply)(params, *inputs)
+    return compiled_as_users_do(apply)(params, *inputs)
 
 
 class Row:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lora_jax.dynamics import Dynamics
+from lora_jax.errors import InputError
 from lora_jax.train.memory import peak_memory
 from lora_jax.train.step import Batch, StepInfo, TrainState
 
@@ -33,12 +35,17 @@ class Progress(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How training ended: `stopped` says why it ended early, None at the full length."""
+    """How training ended: `stopped` says why it ended early, None at the full length.
+
+    `frozen` is what `trained` belongs to: the tree that `fit` was given, unless dynamics or a
+    restart changed it.
+    """
 
     trained: Any
     step: int
     stopped: str | None
     interrupted: bool = False
+    frozen: Any = None
 
 
 @dataclass
@@ -60,7 +67,9 @@ class Watch:
         self.above = 0
         self.good: tuple[int, Any] | None = None
 
-    def __call__(self, state: TrainState, step: int, loss: float, applied: bool) -> str | None:
+    def __call__(
+        self, state: TrainState, step: int, loss: float, applied: bool, frozen: Any = None
+    ) -> str | None:
         """Take in one step's result; return why the run should stop, or None."""
         if not applied:
             return f"the loss ({loss}) or its gradient is not finite at step {step}"
@@ -74,14 +83,22 @@ class Watch:
                 f"{self.patience} steps up to step {step}"
             )
         if not self.above and step % self.keep_every == 0:
-            self.good = step, jax.device_get(state.trained)
+            self.good = step, (*jax.device_get((state.trained, state.dynamics)), frozen)
         return None
 
-    def last_good(self, state: TrainState, step: int) -> tuple[int, Any]:
-        """Return the step and the values to keep when the run stops at `step`."""
+    def last_good(
+        self, state: TrainState, step: int, frozen: Any = None
+    ) -> tuple[int, tuple[Any, Any, Any]]:
+        """Return the step and the values to keep when the run stops at `step`.
+
+        The values are what is trained, what the dynamics keep, and the frozen tree of both.
+        """
         if self.above and self.good is not None:
             return self.good
-        return step, state.trained
+        return step, (state.trained, state.dynamics, frozen)
+
+
+Between = Callable[[TrainState, Any], tuple[TrainState, Any]]
 
 
 def fit(
@@ -94,15 +111,25 @@ def fit(
     schedule: Callable[[int], Any],
     observers: Iterable[Callable[[Progress], None]] = (),
     watch: Watch | None = None,
+    dynamics: Dynamics | None = None,
+    between: Between | None = None,
 ) -> Outcome:
     """Train from `state.step` up to `steps`, one `batches(index)` a step.
 
     Every observer gets a `Progress` after every step. Ctrl-C ends the run after the current step
     with all that was trained (pressed twice, it ends at once). A loss that is not finite, or that
-    `watch` calls diverged, ends it with the last good values.
+    `watch` calls diverged, ends it with the last good values. `dynamics` are those of `step`: a
+    run shorter than their schedule is refused, and the frozen arrays that they made are part of the
+    outcome. `between(state, frozen)` may change both after a step that another one follows.
     """
+    _check_length(dynamics, steps)
     watch = watch or Watch()
     clock = _Clock(steps)
+
+    def outcome(held: tuple[Any, Any, Any], *end: Any, **how: Any) -> Outcome:
+        trained, kept, frozen = held
+        return Outcome(trained, *end, **how, frozen=_final(dynamics, kept, frozen))
+
     with _interrupts() as interrupted:
         for index in range(int(state.step), steps):
             batch = batches(index)
@@ -111,13 +138,29 @@ def fit(
             progress = clock.read(index, loss, norm, float(schedule(index)), batch)
             for observe in observers:
                 observe(progress)
-            if why := watch(state, index, loss, applied):
-                good_step, trained = watch.last_good(state, index)
-                return Outcome(trained, good_step, why)
+            if why := watch(state, index, loss, applied, frozen):
+                good_step, held = watch.last_good(state, index, frozen)
+                return outcome(held, good_step, why)
             if interrupted.is_set():
                 why = f"Ctrl-C after step {index + 1} of {steps}"
-                return Outcome(state.trained, index + 1, why, interrupted=True)
-    return Outcome(state.trained, steps, None)
+                held = state.trained, state.dynamics, frozen
+                return outcome(held, index + 1, why, interrupted=True)
+            if between and index + 1 < steps:
+                state, frozen = between(state, frozen)
+    return outcome((state.trained, state.dynamics, frozen), steps, None)
+
+
+def _final(dynamics: Dynamics | None, kept: Any, frozen: Any) -> Any:
+    """The frozen tree with what the dynamics put into it."""
+    return dynamics.frozen(kept, frozen) if dynamics else frozen
+
+
+def _check_length(dynamics: Dynamics | None, steps: int) -> None:
+    if dynamics and dynamics.steps and dynamics.steps > steps:
+        raise InputError(
+            f"dynamics.{dynamics.name} has a schedule of {dynamics.steps} steps, but the run ends "
+            f"after {steps}; give it steps={steps}"
+        )
 
 
 class _Clock:

@@ -25,30 +25,48 @@ def adamw(
     b2: float = 0.999,
     clip: float | None = 1.0,
 ) -> Optimizer:
-    """AdamW: the rate rises over `warmup` steps, then falls as a cosine to `final` times its peak.
+    """AdamW under `warm_cosine`, with the gradient clipped first.
 
     `clip` bounds the global norm of the gradient (None or 0: no bound); `weight_decay` is decoupled
     and meets trained values only. InputError for settings outside their range.
 
-    >>> optimizer = adamw(steps=10, learning_rate=1e-3, warmup=2)
-    >>> [round(float(optimizer.schedule(step)), 6) for step in (0, 1, 2, 10)]
+    >>> float(adamw(steps=10, learning_rate=0.5).schedule(0))
+    0.5
+    """
+    schedule = warm_cosine(steps=steps, learning_rate=learning_rate, warmup=warmup, final=final)
+    inner = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+    return Optimizer(clipped(inner, clip), schedule)
+
+
+def warm_cosine(
+    *, steps: int, learning_rate: float, warmup: int = 0, final: float = 0.0
+) -> optax.Schedule:
+    """A rate that rises over `warmup` steps, then falls as a cosine to `final` times its peak.
+
+    >>> schedule = warm_cosine(steps=10, learning_rate=1e-3, warmup=2)
+    >>> [round(float(schedule(step)), 6) for step in (0, 1, 2, 10)]
     [0.000333, 0.000667, 0.001, 0.0]
     """
-    _check(steps, learning_rate, warmup, clip)
+    _check(steps, learning_rate, warmup)
     rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, max(warmup, 1))
     fall = optax.cosine_decay_schedule(learning_rate, max(steps - warmup, 1), alpha=final)
-    schedule = optax.join_schedules([rise, fall], [warmup]) if warmup else fall
-    parts = [optax.clip_by_global_norm(clip)] if clip else []
-    parts.append(optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay))
-    return Optimizer(optax.chain(*parts), schedule)
+    return optax.join_schedules([rise, fall], [warmup]) if warmup else fall
 
 
-def _check(steps: int, learning_rate: float, warmup: int, clip: float | None) -> None:
+def clipped(
+    transform: optax.GradientTransformation, clip: float | None
+) -> optax.GradientTransformation:
+    """A transformation behind a bound on the gradient's global norm (None or 0: no bound)."""
+    if clip is not None and clip < 0:
+        raise InputError(f"clip={clip} is negative; give a bound on the gradient's norm, or 0")
+    bound = [optax.clip_by_global_norm(clip)] if clip else []
+    return optax.chain(*bound, transform)
+
+
+def _check(steps: int, learning_rate: float, warmup: int) -> None:
     if steps < 1:
         raise InputError(f"steps={steps} trains nothing; give at least 1")
     if not 0 <= warmup < steps:
         raise InputError(f"warmup={warmup} must lie in 0 .. steps-1 with steps={steps}")
     if not 0 < learning_rate < float("inf"):
         raise InputError(f"learning_rate={learning_rate} must be positive and finite")
-    if clip is not None and clip < 0:
-        raise InputError(f"clip={clip} is negative; give a bound on the gradient's norm, or 0")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.adapter import bind
+from lora_jax.dynamics import Dynamics
 from lora_jax.errors import InputError
 from lora_jax.transform import factored
 
@@ -16,11 +17,15 @@ Loss = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class TrainState(NamedTuple):
-    """What the next step needs: the count of steps, the trained values, the optimizer's moments."""
+    """What the next step needs: the count of steps, the trained values, the optimizer's moments.
+
+    `dynamics` is what the run's `Dynamics` keep, () without any.
+    """
 
     step: jax.Array
     trained: Any
     opt_state: Any
+    dynamics: Any = ()
 
 
 class StepInfo(NamedTuple):
@@ -31,13 +36,20 @@ class StepInfo(NamedTuple):
     applied: jax.Array
 
 
-def init_state(trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Start at step 0 with fresh moments.
+def init_state(
+    trained: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    frozen: Any = None,
+    dynamics: Dynamics | None = None,
+) -> TrainState:
+    """Start at step 0 with fresh moments; `dynamics` start from `frozen` too.
 
     The values are copied: the step gives its state's buffers away.
     """
     trained = jax.tree.map(jnp.copy, trained)
-    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+    state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+    return state._replace(dynamics=dynamics.init(frozen, trained)) if dynamics else state
 
 
 def adapter_loss(
@@ -58,7 +70,12 @@ def adapter_loss(
 
 
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, *, accumulate: int = 1, seed: int = 0
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    seed: int = 0,
+    dynamics: Dynamics | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, StepInfo]]:
     """Compile `step(state, frozen, batch) -> (state, info)`; it gives the old state's buffers away.
 
@@ -67,23 +84,33 @@ def make_step(
     k micro-batches of B / k are the same update to rounding, however uneven the answers' lengths.
     Dropout keys are folded from (seed, step, micro-batch). A step whose loss or gradient is not
     finite changes nothing but the count, and says so in `info.applied`.
+
+    `dynamics` (given to `init_state` too) act once a step, on the accumulated mean gradient; their
+    penalty is part of that gradient and its norm, not of `info.loss`.
     """
     if accumulate < 1:
         raise InputError(f"accumulate={accumulate} must be at least 1")
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepInfo]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        frozen = dynamics.frozen(state.dynamics, frozen) if dynamics else frozen
         total, weight, grads = _accumulated(loss, state.trained, frozen, batch, key, accumulate)
         scale = 1.0 / jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g * scale, grads)
+        if dynamics and dynamics.penalty:
+            pull = jax.grad(dynamics.penalty, argnums=1)(state.dynamics, state.trained)
+            grads = jax.tree.map(jnp.add, grads, pull)
         norm = _norm(grads)
         applied = jnp.isfinite(total) & jnp.isfinite(norm)
 
-        def update(trained: Any, opt_state: Any) -> tuple[Any, Any]:
-            updates, opt_state = optimizer.update(grads, opt_state, trained)
-            return optax.apply_updates(trained, updates), opt_state
+        def update(before: Any, opt_state: Any, kept: Any) -> tuple[Any, Any, Any]:
+            updates, opt_state = optimizer.update(grads, opt_state, before)
+            trained: Any = optax.apply_updates(before, updates)
+            if dynamics:
+                kept, trained = dynamics.after(kept, state.step, grads, before, trained)
+            return trained, opt_state, kept
 
-        held = state.trained, state.opt_state
+        held = state[1:]
         held = jax.lax.cond(applied, update, lambda *held: held, *held)
         return TrainState(state.step + 1, *held), StepInfo(total * scale, norm, applied)
 

@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from peft_bases import ADAPTERS, RECORDED, adapter, base, distance, logits, params_and_sites, same
+from peft_bases import (
+    ADAPTERS,
+    IDS,
+    RECORDED,
+    adapter,
+    base,
+    base_of,
+    distance,
+    logits,
+    params_and_sites,
+    same,
+)
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
@@ -17,30 +28,31 @@ from lora_jax.io.peft import load_peft, save_peft
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.model import param_shapes
 
-NAMED = ["lora_qv", "lora_all_linear", "lora_regex", "rslora", "dora", "rank_alpha_pattern"]
-NAMED += ["init_gaussian", "layers_to_transform"]
-FURTHER = ["init_orthogonal", "pissa_converted", "modules_to_save", "dora_embed"]
-FURTHER += ["embed_no_base", "embed_and_lm_head"]
+# What peft saved and we save again bit for bit.
+EXACT = ["lora_qv", "lora_all_linear", "lora_regex", "rslora", "dora", "rank_alpha_pattern"]
+EXACT += ["init_gaussian", "init_mica", "init_orthogonal", "layers_to_transform", "dora_embed"]
+EXACT += ["embed_no_base", "embed_tied", "modules_to_save", "bias_all", "bias_lora_only"]
+EXACT += ["pissa_converted/final", "multi_adapter", "multi_adapter/second", "adalora", "vera"]
+EXACT += ["loha", "lokr", "ia3", "vblora", "randlora", "miss", "fourierft", "hra", "oft", "boft"]
+EXACT += ["ln_tuning"]
+# What we save in another way: without base weights, converted, with projections, rounded.
+FURTHER = ["embed_and_lm_head", "init_pissa", "init_olora", "vera_no_projection"]
+FURTHER += ["vblora_topk_only"]
 REFUSED = {
-    "adalora": "peft_type 'ADALORA'",
-    "vera": "peft_type 'VERA'",
-    "loha": "peft_type 'LOHA'",
     "alora": "alora_invocation_tokens",
     "bdlora": "use_bdlora",
-    "bias_all": "bias='all'",
-    "embed_tied": "ensure_weight_tying=True",
-    "init_mica": "init_lora_weights='mica'",
-    "init_olora": "init_lora_weights='olora'",
-    "init_pissa": "init_lora_weights='pissa'",
+    "c3a": "peft_type 'C3A'",
+    "init_pissa_niter_4": "path_initial_model_for_weight_conversion",
     "kasa": "kasa_config",
-    "layer_replication": "layer_replication",
     "lora_bias": "lora_bias=True",
     "monteclora": "monteclora_config",
-    "seq_cls": "task_type='SEQ_CLS'",
     "trainable_tokens": "trainable_token_indices",
+    "trainable_tokens_standalone": "peft_type 'TRAINABLE_TOKENS'",
+    "trainable_tokens_tied": "trainable_token_indices",
     "velora": "velora_config",
 }
 Q, V, DOWN = (f"layers/{n}/kernel" for n in ("attn/q_proj", "attn/v_proj", "mlp/down_proj"))
+WEIGHTS = "adapter_model.safetensors"
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 B1 = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
 
@@ -65,24 +77,25 @@ def changed(tmp_path, name, change=None, option=None):
 # --- what peft saved ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*NAMED, *FURTHER])
+@pytest.mark.parametrize("name", [*EXACT, *FURTHER])
 def test_what_peft_saved_gives_its_logits(name, tmp_path):
-    model, _ = base()
-    frozen, trained = read(name)
+    model, sites = base(base_of(name))
+    frozen, trained = load_peft(ADAPTERS / name, model.params, sites)
     ours = logits(model, frozen, trained)
     assert distance(ours, RECORDED[f"logits/{name}"]) < 1e-5
-    assert distance(ours, RECORDED["base/llama"]) > 1e-3
+    fresh = name.startswith("multi_adapter")
+    assert (distance(ours, RECORDED[f"base/{base_of(name)}"]) > 1e-4) is not fresh
     save_peft(tmp_path / "again", frozen, trained, base_name="org/tiny")
-    assert same((frozen, trained), load_peft(tmp_path / "again", *params_and_sites()))
-
-
-@pytest.mark.parametrize("name", [*NAMED, "init_orthogonal", "dora_embed", "modules_to_save"])
-def test_our_tensors_are_pefts_bit_for_bit(name, tmp_path):
-    save_peft(tmp_path / "ours", *read(name), base_name="tiny-llama")
-    ours = load_file(tmp_path / "ours" / "adapter_model.safetensors")
-    theirs = load_file(ADAPTERS / name / "adapter_model.safetensors")
-    assert ours.keys() == theirs.keys()
-    assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+    again = load_peft(tmp_path / "again", model.params, sites)
+    assert distance(logits(model, *again), ours) < 1e-6
+    tensors, theirs = (load_file(f / WEIGHTS) for f in (tmp_path / "again", ADAPTERS / name))
+    if name in EXACT:
+        assert same((frozen, trained), again)
+        assert tensors.keys() == theirs.keys()
+        assert all(np.array_equal(tensors[key], theirs[key]) for key in theirs)
+    (tmp_path / "again" / "lora_jax.json").unlink()
+    plain = load_peft(tmp_path / "again", model.params, sites)
+    assert distance(logits(model, *plain), ours) < 1e-6
 
 
 def test_ranks_and_alphas_by_pattern():
@@ -121,6 +134,11 @@ def renamed(old, new):
         ("dora", "lora_magnitude_vector", "lora_magnitude_vector.default.weight"),
         ("dora_embed", "lora_embedding_A", "lora_embedding_A.default"),
         ("modules_to_save", "lm_head.", "lm_head.modules_to_save.default."),
+        ("hra", "hra_u", "hra_u.default"),
+        ("adalora", "lora_E", "lora_E.default"),
+        ("adalora", "lora_A", "lora_A.default"),
+        ("oft", "oft_R.", "oft_R.default."),
+        ("vera", "vera_A", "vera_A.default"),
     ],
 )
 def test_other_spellings_of_the_keys(tmp_path, name, old, new):
@@ -232,4 +250,107 @@ def test_files_that_are_missing_or_broken(tmp_path):
         load_peft(folder, *params_and_sites())
     (folder / "adapter_config.json").unlink()
     with pytest.raises(InputError, match=r"adapter_config\.json"):
+        load_peft(folder, *params_and_sites())
+
+
+# --- further kinds of adapters and bases ---------------------------------------------------------
+
+
+def test_several_adapters_in_one_folder(tmp_path):
+    by_name = load_peft(ADAPTERS / "multi_adapter", *params_and_sites(), adapter="second")
+    assert same(by_name, read("multi_adapter/second"))
+    with pytest.raises(InputError, match=r"no adapter 'third'; it has 'default', 'second'"):
+        load_peft(ADAPTERS / "multi_adapter", *params_and_sites(), adapter="third")
+    with pytest.raises(InputError, match="give adapter= one of 'final', 'init'"):
+        read("pissa_converted")
+
+
+def test_pissa_is_rebuilt_and_saved_at_twice_the_rank(tmp_path):
+    frozen, trained = read("init_pissa")
+    assert lj.adapted(frozen)[Q].method == lj.lora(rank=4, alpha=8, init="pissa")
+    save_peft(tmp_path / "x", frozen, trained, base_name="org/tiny")
+    config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 8, True)
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga", "loftq"])
+def test_a_start_that_no_file_holds(init, tmp_path):
+    folder = changed(tmp_path, "lora_qv", option={"init_lora_weights": init})
+    with pytest.raises(InputError, match="path_initial_model_for_weight_conversion"):
+        load_peft(folder, *params_and_sites())
+
+
+def test_a_pruned_adalora(tmp_path):
+    kept = {"model.layers.0.self_attn.q_proj": 2, "model.layers.1.self_attn.v_proj": 0}
+    pattern = {f"{name}.lora_E": [True] * n + [False] * (6 - n) for name, n in kept.items()}
+
+    def pruned(tensors):
+        found = {}
+        for key, value in tensors.items():
+            module, _, part = key.removeprefix("base_model.model.").rpartition(".")
+            n = kept.get(module, 6)
+            found[key] = np.ascontiguousarray(value[:, :n] if part == "lora_B" else value[:n])
+        return {key: value for key, value in found.items() if value.size}
+
+    folder = changed(tmp_path, "adalora", pruned, {"rank_pattern": pattern})
+    frozen, trained = load_peft(folder, *params_and_sites())
+    first = lj.adapted(frozen)[Q].methods[0]
+    assert (first.hyper["rank"], first.hyper["initial_rank"]) == (2, 6)
+    assert lj.adapted(frozen)[V].methods[1] is None
+    save_peft(tmp_path / "x", frozen, trained, base_name="org/tiny")
+    config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {next(iter(pattern)): [True] * 2 + [False] * 4}
+    assert same(load_peft(tmp_path / "x", *params_and_sites())[1], trained)
+
+
+def test_replicated_layers_need_a_base_of_as_many():
+    with pytest.raises(InputError, match="makes a base of 4 layers"):
+        read("layer_replication")
+    model, _ = base()
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), model.params["layers"])
+    params = {**model.params, "layers": twice}
+    sites = lj.find_sites(model.apply, params, IDS)
+    frozen, trained = load_peft(ADAPTERS / "layer_replication", params, sites)
+    ours = logits(model, frozen, trained)
+    assert distance(ours, RECORDED["logits/layer_replication"]) < 1e-5
+
+
+def test_a_tied_head_has_the_embeddings_factors(tmp_path):
+    key = "base_model.model.lm_head.lora_A.weight"
+    folder = changed(tmp_path, "embed_tied", lambda t: t | {key: t[key] + 1})
+    with pytest.raises(InputError, match=r"is not .*lora_embedding_B transposed"):
+        load_peft(folder, *params_and_sites("llama_tied"))
+
+
+@pytest.mark.parametrize("name", ["fourierft", "hra", "miss", "dora"])
+def test_layers_without_an_adapter_stay_as_they_are(name, tmp_path):
+    upper = lambda t: {key: value for key, value in t.items() if ".layers.1." in key}  # noqa: E731
+    folder = changed(tmp_path, name, upper, {"layers_to_transform": [1]})
+    merged = lj.merge(*load_peft(folder, *params_and_sites()))
+    plain = base()[0].params
+    first, second = (
+        distance(m, w)
+        for m, w in zip(lj.tree.flatten(merged)[Q], lj.tree.flatten(plain)[Q], strict=True)
+    )
+    assert first < 1e-6 and second > 1e-3
+
+
+def test_a_tied_head_has_the_embeddings_scale(tmp_path):
+    folder = changed(tmp_path, "embed_tied", option={"alpha_pattern": {"lm_head": 2}})
+    with pytest.raises(InputError, match="another scale than the tied 'lm_head'"):
+        load_peft(folder, *params_and_sites("llama_tied"))
+
+
+def test_ia3_feedforward_modules_are_targets(tmp_path):
+    folder = changed(tmp_path, "ia3", option={"feedforward_modules": ["up_proj"]})
+    with pytest.raises(InputError, match="names 'up_proj', which target_modules does not"):
+        load_peft(folder, *params_and_sites())
+
+
+def test_an_adapter_of_an_oft_before_its_format(tmp_path):
+    folder = changed(tmp_path, "oft")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["oft_block_size"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"older than PEFT 0\.14"):
         load_peft(folder, *params_and_sites())

@@ -7,6 +7,7 @@ import pytest
 from peft_bases import adapter, base, base_folder, distance, params_and_sites, same
 
 import lora_jax as lj
+from lora_jax import methods
 from lora_jax.errors import InputError
 from lora_jax.io import swap
 from lora_jax.io.peft import load_peft, save_peft
@@ -109,7 +110,7 @@ def test_what_peft_cannot_hold_is_refused_before_anything_is_written(tmp_path):
     bias = {Q: lj.lora(rank=2), "layers/attn/v_proj/bias": lj.full()}
     refused = [
         (adapter({Q: lj.lora(), V: lj.dora()}), "one use_dora"),
-        (adapter({"norm/scale": lj.full()}), "at least one"),
+        (adapter({Q: lj.dora(init="pissa", rank=2)}), "no place in PEFT's format"),
         (adapter(bias, "llama_bias"), "all of the module"),
     ]
     for made, message in refused:
@@ -154,3 +155,104 @@ def test_the_two_descriptions_must_agree(tmp_path):
     (folder / "lora_jax.json").write_text(json.dumps(notes))
     with pytest.raises(InputError, match="no method that this version knows"):
         load_peft(folder, model.params, sites)
+
+
+# --- further types -------------------------------------------------------------------------------
+
+K, UP = "layers/attn/k_proj/kernel", "layers/mlp/up_proj/kernel"
+TYPES = {
+    "ADALORA": {Q: methods.adalora(rank=4, alpha=6), DOWN: methods.adalora(rank=4, alpha=6)},
+    "BOFT": {p: methods.boft(block_size=4) for p in (Q, DOWN)},
+    "FOURIERFT": {Q: methods.fourierft(n=9, alpha=40), DOWN: methods.fourierft(n=5, alpha=40)},
+    "HRA": {p: methods.hra(rank=4) for p in (Q, DOWN)},
+    "IA3": {K: methods.ia3(), DOWN: methods.ia3(feedforward=True)},
+    "LN_TUNING": {"norm/scale": lj.full(), "layers/mlp_norm/scale": lj.full()},
+    "LOHA": {UP: methods.loha(rank=3, alpha=5), Q: methods.loha(rank=2)},
+    "LOKR": {p: methods.lokr(rank=1, decompose_both=True) for p in (Q, DOWN)},
+    "MISS": {p: methods.miss(rank=4, bat=True) for p in (Q, K)},
+    "OFT": {p: methods.oft(block_size=4, cayley="exact") for p in (Q, DOWN)},
+    "RANDLORA": {p: methods.randlora(rank=3, alpha=40) for p in (Q, K)},
+    "VBLORA": {p: methods.vblora(rank=2, vectors=7, length=4) for p in (Q, UP)},
+    "VERA": {p: methods.vera(rank=3) for p in (Q, DOWN, K)},
+}
+CONVERTED = {
+    "pissa": ({Q: lj.lora(rank=3, alpha=4, init="pissa"), V: lj.lora(rank=2)}, [6, 2]),
+    "a layer of pissa": ({Q: [None, lj.lora(rank=3, init="pissa")]}, [6]),
+    "olora": ({Q: lj.lora(rank=3, init="olora", rslora=True)}, [6]),
+    "delta": ({Q: methods.delta_lora(rank=2)}, [4]),
+    "tied": ({Q: methods.tied(lj.lora(rank=2)), V: lj.lora(rank=3)}, [2, 3]),
+    "mixture": ({Q: methods.miss(rank=3), K: methods.loha(rank=2), V: lj.lora(rank=1)}, [3, 4, 1]),
+    "seed": ({Q: methods.vera(rank=3, projection="seed")}, [3]),
+    "paper": ({Q: methods.randlora(rank=4, variant="paper")}, [16]),
+}
+
+
+def config_in(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_there_and_back_as_another_type(kind, tmp_path):
+    frozen, trained = adapter(TYPES[kind])
+    again = there_and_back(tmp_path / "x", frozen, trained)
+    assert same(trained, again[1])
+    assert config_in(tmp_path / "x")["peft_type"] == kind
+    weights, expected = (lj.tree.flatten(lj.merge(*x)) for x in (again, (frozen, trained)))
+    assert all(distance(weights[path], expected[path]) < 1e-6 for path in expected)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_what_peft_has_no_type_for_becomes_lora(name, tmp_path):
+    rules, ranks = CONVERTED[name]
+    frozen, trained = adapter(rules)
+    again = there_and_back(tmp_path / "x", frozen, trained)
+    found = {path: node.method.hyper["rank"] for path, node in lj.adapted(again[0]).items()}
+    assert found == dict(zip(rules, ranks, strict=True))
+    assert config_in(tmp_path / "x")["peft_type"] == "LORA"
+    weights, expected = (lj.tree.flatten(lj.merge(*x)) for x in (again, (frozen, trained)))
+    assert all(distance(weights[path], expected[path]) < 1e-5 for path in expected)
+
+
+REFUSED = {
+    "dora and loha": ({Q: lj.dora(), V: methods.loha(rank=2)}, "one use_dora"),
+    "hra and lora": ({Q: methods.hra(rank=2), V: lj.lora()}, r"hra\(rank=2\) on .* no product"),
+    "two block sizes": (
+        {Q: methods.oft(block_size=4), V: methods.oft(block_size=8)},
+        "one oft_block_size for all modules",
+    ),
+    "ia3 without biases": ({K: methods.ia3()}, "ia3_rules, which takes biases along"),
+    "an adapted norm": ({"norm/scale": lj.full(), "layers/attn/q_proj/bias": lj.full()}, "biases"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_type_can_hold_is_refused(name, tmp_path):
+    rules, message = REFUSED[name]
+    made = adapter(rules, "llama_bias" if "bias" in message else "llama")
+    with pytest.raises(InputError, match=message):
+        save_peft(tmp_path / "x", *made, base_name="org/tiny")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_biases_beside_an_adapter(tmp_path):
+    for rules, bias in (
+        ({Q: lj.lora(rank=2), "layers/attn/q_proj/bias": lj.full()}, "lora_only"),
+        ({V: methods.vera(rank=2), "layers/attn/._proj/bias": lj.full()}, "all"),
+    ):
+        frozen, trained = adapter(rules, "llama_bias")
+        _, again = there_and_back(tmp_path / "x", frozen, trained, "llama_bias")
+        assert same(trained, again) and config_in(tmp_path / "x")["bias"] == bias
+
+
+def test_ia3_scales_biases_too(tmp_path):
+    model, sites = base("llama_bias")
+    rules = methods.ia3_rules(sites, model.params, ".*/[kv]_proj/kernel")
+    frozen, trained = adapter(rules, "llama_bias")
+    again = there_and_back(tmp_path / "x", frozen, trained, "llama_bias")
+    assert same((frozen, trained), again) and "layers/attn/k_proj/bias" in again[1]
+
+
+def test_the_card_names_the_method(tmp_path):
+    save_peft(tmp_path / "x", *adapter(TYPES["HRA"]), base_name="org/tiny")
+    text = (tmp_path / "x" / "README.md").read_text()
+    assert "hra, rank 4" in text and '"hra"' in text and "PeftModel.from_pretrained" in text

@@ -1,134 +1,83 @@
-"""The tensors of adapter_model.safetensors: their names, their shapes, and ours in their place.
+"""The tensors of adapter_model.safetensors: which there must be, and what is wrong with a file.
 
 PEFT stores factors transposed: `lora_A.weight` [r, d_in] is our `a` [d_in, r], `lora_B.weight`
 [d_out, r] is our `b` [r, d_out]. A module is named as in the base's checkpoint.
 """
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
 from lora_jax.errors import InputError
-from lora_jax.io import names
-from lora_jax.method import Method
+from lora_jax.io.peft.kind import Kind, Methods, Modules, Part, Tensors
+from lora_jax.io.peft.match import Config, saved_whole
+from lora_jax.io.peft.module import PREFIX, Module, Shape, order_of
 
-PREFIX = "base_model.model."
-Tensors = Mapping[str, np.ndarray]
-Factors = dict[str, np.ndarray]
-
-_TABLE, _HEAD = "embed/embedding", "lm_head/kernel"
-
+_OWN = (  # further types' arrays, by name
+    r"vera_lambda_[bd]|vera_[AB]|hada_w\d_[ab]|lokr_w\d(?:_[ab])?|ia3_l|vblora_\w+|randlora_\w+|"
+    r"miss_block|fourierft_spectrum|hra_u|boft_[Rs]|lora_E"
+)
 _INFIX = (  # an adapter's own name inside a key, as older files and raw state dicts have it
-    (re.compile(r"\.(lora_[AB])\.[^.]+\.weight$"), r".\1.weight"),
+    (re.compile(r"\.(lora_[AB]|oft_R)\.[^.]+\.weight$"), r".\1.weight"),
     (re.compile(r"\.(lora_embedding_[AB])\.[^.]+$"), r".\1"),
     (re.compile(r"\.(lora_magnitude_vector)(\.[^.]+){1,2}$"), r".\1"),
-    (re.compile(r"\.modules_to_save\.[^.]+\.([^.]+)$"), r".\1"),
+    (re.compile(r"\.(modules_to_save)\.[^.]+\.([^.]+)$"), r".\2"),
+    (re.compile(rf"\.({_OWN}|lora_[AB])\.(?!weight$)[^.]+$"), r".\1"),
 )
 
 
-@dataclass(frozen=True)
-class Module:
-    """A module of the base: its leaves by attribute (`weight`, `bias`), and its kind.
+def stem_of(kind: Kind, config: Config, name: str, module: Module) -> str:
+    """What the tensors of a module that is trained whole begin with."""
+    targeted = kind.whole and not saved_whole(config, name)
+    return f"{module.stem}.{kind.whole if targeted else ''}"
 
-    `kind` is linear, head (the linear that makes the logits), embedding, tied (an embedding that is
-    the head too) or norm. `shapes` are those of one layer's leaves, ours.
+
+def whole_part(module: Module, attribute: str) -> Part:
+    """A leaf that is trained itself, as it lies in PEFT's file."""
+    shape, axes = module.shapes[attribute], order_of(module, attribute)
+    return Part(attribute, "w", shape, shape, axes, tuple(shape[i] for i in axes))
+
+
+def bias_key(module: Module, methods: Methods) -> str:
+    """The key of a bias that is trained beside an adapter, on this module or on others."""
+    adapted = module.name in methods and methods[module.name].name != "full"
+    return f"{module.stem}.{'base_layer.' if adapted else ''}bias"
+
+
+def entries(
+    kind: Kind, config: Config, modules: Modules, methods: Methods, biases: Iterable[str]
+) -> dict[str, tuple[str, Part]]:
+    """Every tensor of an adapter by key: the path of ours, and how it is turned.
+
+    >>> from lora_jax.io.peft.kinds import TABLE
+    >>> from lora_jax.methods import lora
+    >>> q = Module("q", None, "linear", {"weight": "q/kernel"}, {"weight": (16, 8)}, PREFIX + "q")
+    >>> found = entries(TABLE["LORA"], {}, {"q": q}, {"q": lora(rank=4)}, [])
+    >>> {key: part.theirs for key, (_, part) in found.items()}
+    {'base_model.model.q.lora_A.weight': (4, 16), 'base_model.model.q.lora_B.weight': (8, 4)}
     """
-
-    name: str
-    layer: int | None
-    kind: str
-    leaves: dict[str, str] = field(default_factory=dict)  # attribute -> path
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-
-def modules_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Module]:
-    """Every module of a base by its Hugging Face name; `shapes` are the leaves' by path.
-
-    >>> found = modules_of({"layers/attn/q_proj/kernel": (2, 16, 8), "norm/scale": (16,)})
-    >>> {name: (module.kind, module.shapes["weight"]) for name, module in found.items()}
-    {'model.layers.0.self_attn.q_proj': ('linear', (16, 8)), \
-'model.layers.1.self_attn.q_proj': ('linear', (16, 8)), 'model.norm': ('norm', (16,))}
-    """
-    found: dict[str, Module] = {}
-    for path, shape in shapes.items():
-        stacked = names.is_stacked(path)
-        for layer in range(shape[0]) if stacked else (None,):
-            name, _, attribute = names.to_hf(path, layer).rpartition(".")
-            module = found.setdefault(name, Module(name, layer, _kind(path, shapes)))
-            module.leaves[attribute] = path
-            module.shapes[attribute] = tuple(shape[1:] if stacked else shape)
+    found: dict[str, tuple[str, Part]] = {}
+    for name, method in methods.items():
+        module = modules[name]
+        if method.name == "full":
+            stem = stem_of(kind, config, name, module)
+            for attribute, path in module.leaves.items():
+                found[stem + attribute] = path, whole_part(module, attribute)
+        else:
+            path = module.leaves["weight"]
+            for part in kind.parts(module, method):
+                found[f"{module.stem}.{part.end}"] = path, part
+    for name in biases:
+        module = modules[name]
+        found[bias_key(module, methods)] = module.leaves["bias"], whole_part(module, "bias")
     return found
 
 
-def _kind(path: str, paths: Collection[str]) -> str:
-    if path == _TABLE:
-        return "embedding" if _HEAD in paths else "tied"
-    if path == _HEAD:
-        return "head"
-    return "norm" if path.endswith("/scale") else "linear"
-
-
-def expected(module: Module, method: Method) -> dict[str, tuple[int, ...]]:
-    """The keys that PEFT writes for a method on a module, with the shapes that they must have.
-
-    >>> from lora_jax.methods.lora import lora
-    >>> q = Module("q", None, "linear", {"weight": "q/kernel"}, {"weight": (16, 8)})
-    >>> expected(q, lora(rank=4, alpha=8))
-    {'base_model.model.q.lora_A.weight': (4, 16), 'base_model.model.q.lora_B.weight': (8, 4)}
-    """
-    stem = PREFIX + module.name
-    if method.name == "full":
-        shapes = {attribute: _theirs(module, attribute) for attribute in module.leaves}
-        return {f"{stem}.{attribute}": shape for attribute, shape in shapes.items()}
-    (d_in, d_out), rank = module.shapes["weight"], method.hyper["rank"]
-    shapes = {"a": (rank, d_in), "b": (d_out, rank), "magnitude": (d_out,)}
-    return {f"{stem}.{end}": shapes[part] for part, end in _ends(module, method).items()}
-
-
-def _theirs(module: Module, attribute: str) -> tuple[int, ...]:
-    shape = module.shapes[attribute]
-    return shape[::-1] if names.is_transposed(module.leaves[attribute]) else shape
-
-
-def _ends(module: Module, method: Method) -> dict[str, str]:
-    ends = {"a": "lora_A.weight", "b": "lora_B.weight"}
-    if module.kind == "embedding":
-        ends = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
-    if method.name == "dora":
-        ends["magnitude"] = "lora_magnitude_vector"
-    return ends
-
-
-def to_tensors(module: Module, method: Method, factors: Mapping[str, np.ndarray]) -> Factors:
-    """PEFT's tensors of one module from our `a`, `b` and `magnitude`, in float32."""
-    stem = PREFIX + module.name
-    ends = _ends(module, method)
-    return {f"{stem}.{end}": _float32(np.asarray(factors[part]).T) for part, end in ends.items()}
-
-
-def from_tensors(module: Module, method: Method, tensors: Tensors) -> Factors:
-    """Our `a`, `b` and `magnitude` of one module from PEFT's tensors, in float32."""
-    stem, ends = PREFIX + module.name, _ends(module, method)
-    return {part: _float32(tensors[f"{stem}.{end}"].T) for part, end in ends.items()}
-
-
-def whole_to_tensor(path: str, layer: int | None, leaf: np.ndarray) -> Factors:
-    """A leaf that is trained itself (modules_to_save) under its name in PEFT's file, in float32."""
-    value = np.asarray(leaf)
-    value = value.T if names.is_transposed(path) else value
-    return {PREFIX + names.to_hf(path, layer): _float32(value)}
-
-
-def whole_from_tensors(path: str, layer: int | None, tensors: Tensors) -> np.ndarray:
-    """The inverse of `whole_to_tensor`."""
-    value = tensors[PREFIX + names.to_hf(path, layer)]
-    return _float32(value.T if names.is_transposed(path) else value)
-
-
-def _float32(value: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(value, dtype=np.float32)
+def shared_parts(kind: Kind, modules: Modules, methods: Methods) -> dict[str, Part]:
+    """The tensors that stand in the file once for all modules, by key."""
+    own = {name: method for name, method in methods.items() if method.name != "full"}
+    return {part.end: part for part in kind.shared(modules, own)} if own else {}
 
 
 def plain_names(tensors: Tensors, place: str) -> dict[str, np.ndarray]:
@@ -151,7 +100,7 @@ def plain_names(tensors: Tensors, place: str) -> dict[str, np.ndarray]:
     return {plain: tensors[key] for plain, key in found.items()}
 
 
-def check_tensors(wanted: Mapping[str, tuple[int, ...]], tensors: Tensors, place: str) -> None:
+def check_tensors(wanted: Mapping[str, Shape], tensors: Tensors, place: str) -> None:
     """Raise InputError that lists what is missing, surplus or of another shape in a file."""
     missing = [key for key in wanted if key not in tensors]
     surplus = [key for key in tensors if key not in wanted]

@@ -6,6 +6,7 @@ ranks and alphas take the first key, in the file's order, that matches a dotted 
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -89,3 +90,20 @@ def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any)
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
+
+
+def default_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value and a pattern for the rest, by short name where all of it agree.
+
+    >>> default_and_pattern({"0.q": 4, "1.q": 4, "0.v": 2})
+    (4, {'v': 2})
+    """
+    counts = Counter(values.values())
+    default = min(counts, key=lambda value: (-counts[value], value))
+    pattern = {}
+    for module, value in sorted(values.items()):
+        short = module.rsplit(".", 1)[-1]
+        alike = {v for name, v in values.items() if is_suffix([short], name)}
+        if value != default:
+            pattern[short if len(alike) == 1 else module] = value
+    return default, dict(sorted(pattern.items()))

@@ -6,12 +6,18 @@ from typing import Any
 from lora_jax.adapter import Adapted
 from lora_jax.attachment import Choice
 from lora_jax.errors import InputError
-from lora_jax.io.peft.plan import same_function, scale
+from lora_jax.io.peft.kinds import TABLE
+from lora_jax.io.peft.kinds.lora import scale
+from lora_jax.io.peft.plan import same_function
 from lora_jax.method import Method
-from lora_jax.methods import dora, full, lora
+from lora_jax.methods.ia3 import ia3_bias
 
 _FORMAT = 1
-_FACTORIES = {"lora": lora, "dora": dora, "full": full}
+_FACTORIES: dict[str, Any] = {
+    name: factory for kind in TABLE.values() for name, factory in kind.factories.items()
+} | {"ia3_bias": ia3_bias}
+# Starts that need nothing but the kernel; how an adapter started is no matter for the rest.
+_STARTS = ("kaiming", "gaussian", "orthogonal", "mica")
 
 
 def notes_of(
@@ -25,7 +31,10 @@ def notes_of(
 
 def _written(choice: Any) -> Any:
     if isinstance(choice, Method):
-        return {"name": choice.name, **choice.hyper}
+        hyper = dict(choice.hyper)
+        if choice.name in ("lora", "dora") and hyper["init"] not in _STARTS:
+            hyper["init"] = "kaiming"
+        return {"name": choice.name, **hyper}
     return [method and _written(method) for method in choice]
 
 
@@ -107,12 +116,15 @@ def _words(choice: Any) -> str:
 def describe(method: Method) -> str:
     """A method in words.
 
-    >>> describe(lora(rank=4, alpha=8, dropout=0.1))
-    'lora, rank 4, alpha 8, scale 2, dropout 0.1'
+    >>> from lora_jax.methods import hra, lora
+    >>> describe(lora(rank=4, alpha=8, dropout=0.1)), describe(hra(rank=4))
+    ('lora, rank 4, alpha 8, scale 2, dropout 0.1', 'hra, rank 4')
     """
     if method.name == "full":
         return "trained whole"
     hyper = method.hyper
+    if method.name not in ("lora", "dora") or "rank" not in hyper:
+        return ", ".join([method.name, *_settings(method)])
     words = [
         method.name,
         f"rank {hyper['rank']}",
@@ -122,3 +134,16 @@ def describe(method: Method) -> str:
         "a frozen" if hyper.get("freeze_a") else "",
     ]
     return ", ".join(word for word in words if word)
+
+
+def _settings(method: Method) -> list[str]:
+    """The arguments of a method that are not left at nothing, in words."""
+    shown = {name: value for name, value in method.hyper.items() if value not in (None, False, "")}
+    return [
+        f"{name.replace('_', ' ')} {value:g}"
+        if isinstance(value, float)
+        else name.replace("_", " ")
+        if value is True
+        else f"{name.replace('_', ' ')} {value}"
+        for name, value in shown.items()
+    ]
