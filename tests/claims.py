@@ -78,7 +78,7 @@ CLAIMS = {
     "vblora": Claim(
         lambda: m.vblora(rank=2, vectors=5, length=4), neutral=False, count=bank(2, 5, 4)
     ),
-    "randlora": Claim(lambda: m.randlora(rank=3), count=bases(3)),
+    "randlora": Claim(lambda: m.randlora(rank=3, alpha=3.0), count=bases(3)),
     "randlora paper": Claim(lambda: m.randlora(rank=3, alpha=3.0, variant="paper"), count=bases(3)),
     "miss": Claim(lambda: m.miss(rank=4), count=each(lambda i, o: 4 * o)),
     "miss mini": Claim(lambda: m.miss(rank=4, mini_rank=2), count=each(lambda i, o: 8)),

@@ -27,7 +27,8 @@ class Case:
     a fresh LoRA leaves the output equal bit for bit (elsewhere XLA orders a sum otherwise, once the
     product is not the last thing done to it), `thorough` that it meets every method and also runs
     outside jit, `narrow` that it computes in bfloat16. A while loop is not `differentiable`
-    backwards. `transposed` says that a kernel is also used as its transpose.
+    backwards. `transposed` says that a kernel is also used as its transpose, `mapped` that JAX can
+    map its own operations over their parameters.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     narrow: bool = False
     differentiable: bool = True
     transposed: bool = False
+    mapped: bool = True
 
     def __str__(self) -> str:
         return self.name

@@ -142,7 +142,7 @@ MODELS = (
     Case("convolution", convolution),
     Case("embedding", embedding),
     Case("tied", tied, transposed=True),
-    Case("experts", experts),
+    Case("experts", experts, mapped=False),
     Case("nnx", nnx_module),
     Case("linen", linen_module),
 )

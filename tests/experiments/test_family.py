@@ -15,7 +15,7 @@ OPTIONS = {
     "fourierft": {"n": 20, "alpha": 15.0},
     "oft": {"block_size": 4},
     "boft": {"block_size": 4},
-    "adalora": {"rank": 3},
+    "adalora": {"rank": 9},
     "houlsby": {"size": 3},
     "intrinsic": {"dimension": 30},
     "miss": {"rank": 4},

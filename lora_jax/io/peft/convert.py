@@ -37,7 +37,7 @@ def held(frozen: Any, trained: Trained) -> tuple[dict[str, Adapted], Trained, Ki
         return nodes, trained, TABLE[next(iter(kinds), "LN_TUNING")]
     bound, trained = adapted(bind(frozen, trained)), dict(trained)
     for path in sorted(strange):
-        nodes[path], trained[path] = _as_lora(nodes[path], bound[path])
+        nodes[path], trained[path] = _as_lora(nodes[path], bound.get(path))
     return nodes, trained, TABLE["LORA"]
 
 
@@ -56,10 +56,10 @@ def _has_place(node: Adapted) -> bool:
     )
 
 
-def _as_lora(node: Adapted, bound: Adapted) -> tuple[Adapted, dict[str, Any]]:
+def _as_lora(node: Adapted, bound: Adapted | None) -> tuple[Adapted, dict[str, Any]]:
     """A node's update as the two factors of plain LoRA."""
-    factors, site = bound.method.factors, bound.site
-    if factors is None or site is None:
+    factors, site = node.method.factors, node.site
+    if factors is None or site is None or bound is None:
         raise InputError(
             f"{node.method!r} on '{node.path}' has no place in PEFT's format here, and its update "
             "is no product of two matrices that plain LoRA could hold; merge it, or use "
@@ -68,7 +68,8 @@ def _as_lora(node: Adapted, bound: Adapted) -> tuple[Adapted, dict[str, Any]]:
     a, b = lifted(factors, site.stack)(*bound.matrices())
     rank = a.shape[-1]
     plain = lora(rank=rank, alpha=rank)
-    node = replace(node, frozen={"w": node.frozen["w"]}, pool="", common={})
+    kernel = {name: x for name, x in node.frozen.items() if name == "w"}
+    node = replace(node, frozen=kernel, pool="", common={})
     if isinstance(node.methods, Method):
         return replace(node, methods=plain), {"a": a, "b": b}
     layers = tuple(method and plain for method in node.methods)
