@@ -10,17 +10,22 @@ from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
-from experiments import changes, storages
+from experiments import changes, prompting, storages
 from lora_jax import methods
 from lora_jax.errors import InputError
 from lora_jax.method import Method
 
 Factory = Callable[..., Any]
 
-KINDS: dict[str, ModuleType] = {"method": methods, "dynamics": changes, "quantize": storages}
+KINDS: dict[str, ModuleType] = {
+    "method": methods,
+    "dynamics": changes,
+    "quantize": storages,
+    "prompt": prompting,
+}
 """The functions of ours that each section may name."""
 
-DEFAULTS = {"method": "lora", "dynamics": "auto", "quantize": "none"}
+DEFAULTS = {"method": "lora", "dynamics": "auto", "quantize": "none", "prompt": "none"}
 """What a section names when it names nothing."""
 
 

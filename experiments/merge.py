@@ -14,6 +14,7 @@ from experiments.measure import merge_error
 from experiments.opening import Opened
 from lora_jax.errors import InputError
 from lora_jax.io.export import save_hf
+from lora_jax.prompts import Prompted
 
 
 def define_flags() -> None:
@@ -32,6 +33,11 @@ def merge(opened: Opened, out: str | Path, dtype: str = "float32") -> float:
     """
     check_free(Path(out))
     model, frozen, trained = opened
+    if isinstance(model, Prompted):
+        raise InputError(
+            "this adapter has virtual tokens, which no weights of the base can take up; "
+            "generate with it, or use lora_jax.prompts"
+        )
     merged = jax.tree.map(lambda w: w.astype(dtype), lj.merge(frozen, trained))
     length = min(32, model.config.max_position_embeddings)
     ids = jax.random.randint(jax.random.key(0), (1, length), 0, model.config.vocab_size)

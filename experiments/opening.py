@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from absl import flags
 
 import lora_jax as lj
+from experiments import choices
 from lora_jax.errors import InputError
 from lora_jax.io import native
 from lora_jax.io.folder import read_json
@@ -16,6 +17,7 @@ from lora_jax.io.peft import load_peft
 from lora_jax.io.peft.files import CONFIG, NOTES
 from lora_jax.models import load
 from lora_jax.models.model import Model
+from lora_jax.prompts import Prompted
 
 
 def define_flags() -> None:
@@ -27,7 +29,7 @@ def define_flags() -> None:
 class Opened(NamedTuple):
     """An adapter on its base."""
 
-    model: Model
+    model: Model | Prompted
     frozen: Any
     trained: Any
 
@@ -47,12 +49,19 @@ def open_adapter(folder: str | Path, base: str | None = None) -> Opened:
     """
     folder = Path(folder)
     source = base or _base_of(folder)
-    model = load(source)
+    model = _prompted(load(source), folder)
     sites = lj.find_sites(model.apply, model.params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     fingerprint = model.source.fingerprint if model.source else None
     read = load_adapter if (folder / native.WEIGHTS).exists() else load_peft
     frozen, trained = read(folder, model.params, sites, base_fingerprint=fingerprint)
     return Opened(model, frozen, trained)
+
+
+def _prompted(model: Model, folder: Path) -> Model | Prompted:
+    """The base with the virtual tokens that an adapter was trained with, if any."""
+    notes = read_json(folder / NOTES) if (folder / NOTES).exists() else {}
+    prompt = (notes.get("provenance") or {}).get("prompt") or {"name": "none"}
+    return choices.make("prompt", prompt)(model, jax.random.key(0))
 
 
 def _base_of(folder: Path) -> str:

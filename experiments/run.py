@@ -174,7 +174,13 @@ def check(settings: Settings) -> Change:
     """
     make_rules(settings)
     make_schedule(settings.train)
-    choices.make("quantize", settings.quantize)
+    for kind in ("quantize", "prompt"):
+        choices.make(kind, getattr(settings, kind))
+    if settings.prompt["name"] != "none" and settings.task not in ("answers", "text"):
+        raise InputError(
+            f"config.prompt puts virtual tokens before text, and the task '{settings.task}' has no "
+            "language model; leave it out"
+        )
     change: Change = choices.make("dynamics", settings.dynamics)
     with in_config("dynamics: "):
         change.dynamics(settings.train.steps)

@@ -26,7 +26,8 @@ def save(
     It replaces an adapter of either format.
     """
     source = task.source
-    provenance = {"source": source.uri, "fingerprint": source.fingerprint} if source else {}
+    known = {"source": source.uri, "fingerprint": source.fingerprint} if source else {}
+    provenance: dict[str, Any] = {**known, **task.record}
     with whole_folder(folder.resolve(), FILES) as place:
         new = place / "new"
         if peft:

@@ -96,6 +96,7 @@ class Settings:
     method: Mapping[str, Any] = field(default_factory=lambda: _default("method"))
     dynamics: Mapping[str, Any] = field(default_factory=lambda: _default("dynamics"))
     quantize: Mapping[str, Any] = field(default_factory=lambda: _default("quantize"))
+    prompt: Mapping[str, Any] = field(default_factory=lambda: _default("prompt"))
     targets: Any = "all_linear"
     train: TrainSettings = field(default_factory=TrainSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)

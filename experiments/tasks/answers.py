@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.prompting import prompt_record, prompt_rules
 from experiments.settings import Settings, in_config
 from experiments.tasks.language import ModelSettings as ModelSettings
 from experiments.tasks.language import check_length, load_model, tokenizer_of
@@ -37,6 +38,7 @@ from lora_jax.io.card import Card
 from lora_jax.io.packages import fetch_package
 from lora_jax.io.tokenizer import Tokenizer
 from lora_jax.models.model import Model
+from lora_jax.prompts import Prompted
 from lora_jax.train import answer_loss
 
 REVIEWS = "reviews"
@@ -133,6 +135,8 @@ def make(settings: Settings) -> Task:
         measure=_make_measure(model, prompts),
         about=_about(prompts),
         source=model.source,
+        fresh=prompt_rules(settings.prompt),
+        record=prompt_record(settings.prompt),
         name=settings.model.name,
         peft=True,
         card=_card(prompts),
@@ -148,7 +152,7 @@ def read(data: Data) -> list[Example]:
     return read_reviews(sdist, threshold=data.threshold)
 
 
-def _make_measure(model: Model, prompts: Prompts) -> Callable[[Any, Any], Measured]:
+def _make_measure(model: Model | Prompted, prompts: Prompts) -> Callable[[Any, Any], Measured]:
     """Accuracy where the possible answers are few, otherwise the perplexity of the right answer."""
     options = {
         "size": prompts.settings.evaluate.batch,
@@ -168,7 +172,7 @@ def _make_measure(model: Model, prompts: Prompts) -> Callable[[Any, Any], Measur
 
 
 def _accuracy(
-    model: Model, prompts: Prompts, options: Mapping[str, Any]
+    model: Model | Prompted, prompts: Prompts, options: Mapping[str, Any]
 ) -> Callable[[Any, Any], Measured]:
     """How often the right answer has the highest log-probability of the possible ones."""
     tokens = prompts.prompts(prompts.held_out)

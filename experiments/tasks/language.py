@@ -3,14 +3,17 @@
 import time
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 
+from experiments import choices
 from experiments.choices import check_choice
 from experiments.settings import Settings
 from lora_jax.errors import InputError
 from lora_jax.io.tokenizer import Tokenizer
 from lora_jax.models import load
 from lora_jax.models.model import Model
+from lora_jax.prompts import Prompted
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class ModelSettings:
         check_choice("model.remat", self.remat, ("none", "projections", "layers"))
 
 
-def load_model(settings: Settings) -> Model:
-    """Load the base, with float32 parameters and the compute settings of the config."""
+def load_model(settings: Settings) -> Model | Prompted:
+    """Load the base, with float32 parameters, the compute settings of the config and its prompt."""
     options = settings.model
     if not options.source:
         raise InputError(
@@ -40,10 +43,12 @@ def load_model(settings: Settings) -> Model:
     started = time.perf_counter()
     model = load(options.source)
     print(f"loaded {options.source} in {time.perf_counter() - started:.1f} s", flush=True)
-    return model.with_options(dtype=jnp.dtype(options.dtype), remat=options.remat)
+    model = model.with_options(dtype=jnp.dtype(options.dtype), remat=options.remat)
+    key = jax.random.fold_in(jax.random.key(settings.seed), 2)
+    return choices.make("prompt", settings.prompt)(model, key)
 
 
-def tokenizer_of(model: Model, settings: Settings) -> Tokenizer:
+def tokenizer_of(model: Model | Prompted, settings: Settings) -> Tokenizer:
     """The base's tokenizer; InputError when it has none."""
     if model.tokenizer is None:
         raise InputError(
@@ -53,11 +58,11 @@ def tokenizer_of(model: Model, settings: Settings) -> Tokenizer:
     return model.tokenizer
 
 
-def check_length(model: Model, settings: Settings) -> None:
+def check_length(model: Model | Prompted, settings: Settings) -> None:
     """Raise InputError when `config.data.length` is beyond the model's context."""
     length, context = settings.data.length, model.config.max_position_embeddings
     if length > context:
         raise InputError(
-            f"config.data.length is {length}, but the model's context ends at {context} tokens; "
+            f"config.data.length is {length}, but the model has room for {context} tokens of text; "
             "lower it"
         )

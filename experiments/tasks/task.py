@@ -78,6 +78,8 @@ class Task:
     """One line about the data: sizes, classes."""
     fresh: Mapping[Any, Method] = field(default_factory=dict)
     """Rules that come with the task, put before the config's: {"head/.*": lj.full()}."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """What a saved adapter must say, beside its base, for it to be opened."""
     source: Source | None = None
     """Of the base, for the record."""
     name: str = ""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.prompting import prompt_record, prompt_rules
 from experiments.settings import Settings, in_config
 from experiments.tasks.language import ModelSettings as ModelSettings
 from experiments.tasks.language import check_length, load_model, tokenizer_of
@@ -63,6 +64,8 @@ def make(settings: Settings) -> Task:
         measure=_make_measure(compiled(loss), held_out),
         about=_about(settings.data.source, prose),
         source=model.source,
+        fresh=prompt_rules(settings.prompt),
+        record=prompt_record(settings.prompt),
         name=settings.model.name,
         peft=True,
         card=_card(settings.data.source, prose),

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models import Model
+from lora_jax.models import LlamaConfig, Model
 
 Encode = Callable[[Mapping[str, Any]], jax.Array]
 
@@ -29,6 +29,22 @@ class Prompted:
     length: int
     encode: Encode
     keys_values: bool
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's, with the context that is left for the text."""
+        context = self.model.config.max_position_embeddings - self.length
+        return replace(self.model.config, max_position_embeddings=context)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return self.model.tokenizer
+
+    @property
+    def source(self) -> Any:
+        """The model's."""
+        return self.model.source
 
     def apply(
         self,

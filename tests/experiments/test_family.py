@@ -33,9 +33,12 @@ RUNS = {
     "qlora": {"quantize.name": "nf4"},
     "qdora": {"quantize.name": "nf4", "quantize.double": False, "method.name": "dora"},
     "int8": {"quantize.name": "int8"},
+    "prompt": {"prompt.name": "prompt_tuning", "prompt.length": 3},
+    "prompt alone": {"prompt.name": "p_tuning", "prompt.length": 3, "targets": "none"},
+    "prefix": {"prompt.name": "prefix_tuning", "prompt.length": 2},
     **{f"init {name}": {"method.init": name} for name in ("pissa", "eva", "corda", "lora_ga")},
 }
-USUAL = ("lora_plus", "adalora", "lora_drop", "qlora", "init eva")
+USUAL = ("adalora", "lora_drop", "qlora", "prompt", "init eva")
 
 
 def keys(changes):
@@ -87,6 +90,8 @@ def test_every_method_by_config(name, config, tmp_path):
         ({"dynamics.name": "relora", "dynamics.every": 0}, "every"),
         ({"dynamics.name": "adalora"}, "adalora"),
         ({"train.optimizer": "lora_plus", "train.ratio": 0.0}, "ratio"),
+        ({"prompt.name": "prompt_tuning", "prompt.length": -1}, "length"),
+        ({"prompt.name": "prompt_tuning", "prompt.length": 30}, "room for 10 tokens"),
         ({"train.optimizer": "adam"}, "nearest: 'adamw'"),
     ],
 )
