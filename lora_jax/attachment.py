@@ -102,7 +102,7 @@ def _pools(
     members: dict[Any, list[tuple[str, Method]]] = {}
     for path, choice in choices.items():
         if method := _sharing(path, choice):
-            maker = method.innermost.name, identity(method.common)
+            maker = _owner(method).name, identity(method.common)
             members.setdefault(maker, []).append((path, method))
     pools: dict[str, _Pool] = {}
     firsts: dict[str, list[_Pool]] = {}
@@ -123,6 +123,14 @@ def _pools(
         before.append(pool)
         pools |= dict.fromkeys((path for path, _ in found), pool)
     return pools
+
+
+def _owner(method: Method) -> Method:
+    """The method whose `common` it is, under what wraps it (`quantized`)."""
+    inside = method.hyper.get("method")
+    if isinstance(inside, Method) and inside.common is method.common:
+        return _owner(inside)
+    return method
 
 
 def _sharing(path: str, choice: Chosen) -> Method | None:

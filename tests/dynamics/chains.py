@@ -51,5 +51,5 @@ def run(rules, dynamics, steps, optimizer=None, accumulate=1, spoil=None):
             batch["x"] = batch["x"] * jnp.nan
         state, _ = step(state, frozen, batch)
         states.append(jax.device_get(state))
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
     return frozen, states

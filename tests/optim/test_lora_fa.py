@@ -83,7 +83,7 @@ def test_in_a_training_step_a_stays():
         losses.append(float(info.loss))
     assert info.applied and losses[2] < losses[1] < losses[0]
     np.testing.assert_array_equal(frozen["w"].frozen["a"], before)
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
 
 
 def test_every_layer_has_its_own_scale_and_rank():

@@ -115,7 +115,7 @@ def ours(kernels, inputs, targets, start):
     for t in range(STEPS):
         state, _ = step(state, frozen, {"x": inputs[t], "y": targets[t]})
         ranks.append([int((state.trained[name]["e"] != 0).sum()) for name in WIDTHS])
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
     return ranks, state.trained, state.dynamics["kept"]
 
 
