@@ -142,7 +142,7 @@ def test_ctrl_c_keeps_what_was_trained(config, tmp_path, monkeypatch, capsys):
             {"data__length": 9},
             "^config.data.length: example .* prompt and .* answer tokens, .* more than the length",
         ),
-        ({"data__length": 41}, "config.data.length is 41.*context ends at 40"),
+        ({"data__length": 41}, "config.data.length is 41.*room for 40 tokens"),
         ({"data__test": 60}, "^config.data.dev=6 and test=60 leave nothing to train on"),
         ({"model__source": "nowhere"}, "nowhere"),
         ({"train__batch": 5, "train__accumulate": 2}, "train.batch is 5.*accumulate=2"),

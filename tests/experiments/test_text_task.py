@@ -75,7 +75,7 @@ def test_batches_score_every_position(config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length": 41}, "config.data.length is 41, but the model's context ends at 40"),
+        ({"length": 41}, "config.data.length is 41, but the model has room for 40 tokens"),
         ({"length": 0}, "config.data.length is 0"),
         ({"dev": 5}, "config.data: dev=5 and test=3 of 8 documents"),
         ({"source": "nowhere"}, "no text at 'nowhere'"),
