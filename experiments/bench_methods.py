@@ -83,6 +83,7 @@ def main() -> None:
     out = Path(flags.FLAGS.out)
     records = bench(options, out)
     console = Console()
+    console.width = max(console.width, 110)  # the table has nine columns
     console.print(show(records))
     console.print(f"written to {out}")
 
