@@ -340,13 +340,13 @@ def _probe(scaled: bool) -> Method:
             rows = jnp.where(kept > 0, rows, 0)
             sums = {"rows": kept.sum(0), "total": rows.sum(0)[:, None], "square": rows.T @ rows}
         sums["calls"] = jnp.ones(())
-        return _recorded(x @ frozen["w"], slots, sums)
+        return recorded(x @ frozen["w"], slots, sums)
 
     return Method("inputs", init, weight, apply, hyper={"scaled": scaled})
 
 
 @jax.custom_vjp
-def _recorded(y: jax.Array, slots: Arrays, sums: Arrays) -> jax.Array:
+def recorded(y: jax.Array, slots: Arrays, sums: Arrays) -> jax.Array:
     """`y`; the gradient by `slots` is `sums`, whatever becomes of `y`."""
     return y
 
@@ -359,7 +359,7 @@ def _backward(sums: Arrays, cotangent: jax.Array) -> tuple[Any, ...]:
     return cotangent, sums, None
 
 
-_recorded.defvjp(_forward, _backward)
+recorded.defvjp(_forward, _backward)
 
 
 def _kept(mask: jax.Array | None, rows: jax.Array, places: tuple[int, ...]) -> jax.Array:

@@ -15,9 +15,11 @@ import optax
 from lora_jax import tree
 from lora_jax.adapter import Adapted, Trained, adapted, bind, is_adapted
 from lora_jax.attachment import Choice, attach
+from lora_jax.calibrate import recorded
 from lora_jax.errors import InputError
 from lora_jax.method import Arrays, Method
 from lora_jax.methods.tied import tied
+from lora_jax.operands import lifted
 from lora_jax.sites import Sites
 from lora_jax.train import adapter_loss, init_state, make_step
 from lora_jax.train.step import Batch
@@ -130,7 +132,7 @@ def importance_from(
     for path, c in covariance.items():
         method = nodes[path].method
         assert method.factors is not None
-        a, b = _over(method.factors, c.ndim - 2)(*nodes[path].matrices())
+        a, b = lifted(method.factors, c.shape[:-2])(*nodes[path].matrices())
         scores[path] = np.float64(jnp.sum((a.mT @ c @ a) * (b @ b.mT), axis=(-2, -1)))
     return scores
 
@@ -216,7 +218,8 @@ def _noting(method: Method) -> Method:
         squares = jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=-1)
         if "seen" in frozen:
             squares = squares * _weights(frozen["seen"], x.places)
-        return _noted(forward(frozen, trained, x), trained["energy"], jnp.sum(squares))
+        energy = {"energy": trained["energy"]}
+        return recorded(forward(frozen, trained, x), energy, {"energy": jnp.sum(squares)})
 
     return replace(method, apply=apply)
 
@@ -231,18 +234,6 @@ def _weights(mask: jax.Array, places: tuple[int, ...]) -> jax.Array:
         f"the mask has shape {list(mask.shape)}, but a product's rows are {list(places)}; give "
         "batches without padding and no mask"
     )
-
-
-@jax.custom_vjp
-def _noted(y: jax.Array, energy: jax.Array, square: jax.Array) -> jax.Array:
-    """`y`, with `square` as the gradient with respect to `energy`."""
-    return y
-
-
-_noted.defvjp(
-    lambda y, energy, square: (y, square),
-    lambda square, g: (g, square, jnp.zeros_like(square)),
-)
 
 
 def _groups(nodes: Mapping[str, Adapted]) -> dict[tuple[Any, ...], list[str]]:
@@ -293,8 +284,3 @@ def _is_tied(method: Method | None) -> bool:
 def _inside(method: Method | None) -> Method | None:
     """The method that a tied one repeats; any other is itself."""
     return method.hyper["method"] if method is not None and _is_tied(method) else method
-
-
-def _over(function: Callable[..., Any], depth: int) -> Callable[..., Any]:
-    """A function of single matrices over so many stack axes."""
-    return jax.vmap(_over(function, depth - 1)) if depth else function

@@ -49,6 +49,7 @@ MAY = {
     "train": {"tree", "method", "sites", "adapter", "transform", "evaluate", "dynamics"},
     "lora_drop": {
         *("tree", "method", "methods", "sites", "adapter", "attachment", "transform", "train"),
+        *("calibrate", "operands"),
     },
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from lora_jax.methods.ranges import (
     check_positive,
     check_positive_integers,
 )
+from lora_jax.methods.update import by_product
 
 
 def randlora(
@@ -81,14 +82,7 @@ def randlora(
         left, right = left.reshape(-1, short), right.reshape(long, -1)
         return (left.T, right.T) if d_in <= d_out else (right, left)
 
-    def weight(frozen: Arrays, trained: Arrays) -> jax.Array:
-        a, b = product(frozen, trained)
-        return frozen["w"] + a @ b
-
-    def apply(frozen: Arrays, trained: Arrays, x: Any) -> jax.Array:
-        a, b = product(frozen, trained)
-        return x @ frozen["w"] + (x.dropout(dropout) @ a) @ b.astype(x.dtype)
-
+    weight, apply = by_product(product, dropout)
     hyper = {
         "rank": rank,
         "alpha": float(alpha),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from lora_jax.errors import InputError
 from lora_jax.method import Arrays, Method, Shapes
 from lora_jax.methods.ranges import check_dropout, check_positive, check_positive_integers
+from lora_jax.methods.update import by_product
 
 
 def vblora(
@@ -76,14 +75,7 @@ def vblora(
         b = jnp.swapaxes(_mixed(trained["logits_b"], trained["bank"], top_k), 0, 1)
         return a, b.reshape(-1, d_out)
 
-    def weight(frozen: Arrays, trained: Arrays) -> jax.Array:
-        a, b = product(frozen, trained)
-        return frozen["w"] + a @ b
-
-    def apply(frozen: Arrays, trained: Arrays, x: Any) -> jax.Array:
-        a, b = product(frozen, trained)
-        return x @ frozen["w"] + (x.dropout(dropout) @ a) @ b.astype(x.dtype)
-
+    weight, apply = by_product(product, dropout)
     hyper = {
         **sizes,
         "bank_bound": float(bank_bound),
