@@ -1,7 +1,7 @@
 """What a run does beside plain steps: the functions that `config.dynamics` may name."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import lora_jax as lj
 import lora_jax.lora_drop
 from lora_jax import dynamics
 from lora_jax.dynamics import Dynamics
+from lora_jax.errors import InputError
 from lora_jax.train import Optimizer
 
 __all__ = ["adalora", "auto", "delta_lora", "lora_drop", "none", "relora"]
@@ -24,6 +25,8 @@ def _same(*given: Any) -> Any:
 class Change:
     """The places in a run where something may change; by default nothing does."""
 
+    suits: Callable[[Iterable[lj.Method]], None] = lambda methods: None
+    """Raises InputError for methods that it cannot go with, before a model is loaded."""
     rules: Callable[..., Any] = lambda rules, **run: rules
     """The rules to attach instead, given `key, task, sites, steps`."""
     dynamics: Callable[[int], Dynamics | None] = lambda steps: None
@@ -59,8 +62,22 @@ def adalora(
 ) -> Change:
     """`lora_jax.dynamics.adalora` over the whole run; what it masked is left out of the adapter."""
     options: Any = dict(locals())
+
+    def suits(methods: Iterable[lj.Method]) -> None:
+        ranks = [m.hyper["rank"] for m in methods if m.name == "adalora"]
+        if not ranks:
+            raise InputError("adalora shrinks the ranks of the method adalora; give method.name")
+        if target_rank > max(ranks):
+            raise InputError(
+                f"adalora(target_rank={target_rank}) is above the rank {max(ranks)} to start with, "
+                "and a budget only shrinks; give a lower dynamics.target_rank or a higher "
+                "method.rank"
+            )
+
     return Change(
-        dynamics=lambda steps: dynamics.adalora(steps=steps, **options), finish=dynamics.pruned
+        suits,
+        dynamics=lambda steps: dynamics.adalora(steps=steps, **options),
+        finish=dynamics.pruned,
     )
 
 
@@ -85,7 +102,7 @@ def lora_drop(
             print(f"importance of {path}: {', '.join(f'{x:.3f}' for x in shares.ravel())}")
         return found.rules
 
-    return Change(rules)
+    return Change(rules=rules)
 
 
 def relora(every: int = 100, prune: float = 0.99, warmup: int = 10) -> Change:

@@ -6,7 +6,7 @@ import optax
 
 from experiments.settings import TrainSettings, in_config
 from lora_jax import optim
-from lora_jax.train import Optimizer, clipped, warm_cosine
+from lora_jax.train import Optimizer, warm_cosine
 
 
 def make_schedule(train: TrainSettings) -> optax.Schedule:
@@ -25,10 +25,9 @@ def make_optimizer(train: TrainSettings, frozen: Any, trained: Any, sites: Any) 
             case "lora_plus":
                 rates: Any = {"ratio": train.ratio, "embedding_rate": train.embedding_rate}
                 labels = optim.roles(frozen, trained, sites)
-                inner = optim.lora_plus(schedule, labels, **rates, **moments)
+                transform = optim.lora_plus(schedule, labels, **rates, **moments)
             case "lora_fa":
-                inner = optim.lora_fa(schedule, frozen, corrected=train.corrected, **moments)
+                transform = optim.lora_fa(schedule, frozen, corrected=train.corrected, **moments)
             case _:
-                inner = optax.adamw(schedule, **moments)
-        transform = clipped(inner, train.clip)
+                transform = optax.adamw(schedule, **moments)
     return Optimizer(optim.in_host_memory(transform) if train.on_host else transform, schedule)

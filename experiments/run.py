@@ -146,10 +146,10 @@ def train(
     optimizer = change.optimizer(make_optimizer(options, frozen, trained, sites))
     transform, dynamics = optimizer.transform, change.dynamics(options.steps)
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
-    how: Any = {"accumulate": options.accumulate, "seed": settings.seed, "dynamics": dynamics}
+    how: Any = {"accumulate": options.accumulate, "clip": options.clip, "seed": settings.seed}
     with in_config("dynamics: "), live_line() as show:
         outcome = fit(
-            make_step(loss, transform, **how),
+            make_step(loss, transform, **how, dynamics=dynamics),
             init_state(trained, transform, frozen=frozen, dynamics=dynamics),
             frozen,
             task.batches,
@@ -172,7 +172,7 @@ def check(settings: Settings) -> Change:
 
     Returns what changes during the run.
     """
-    make_rules(settings)
+    rules = make_rules(settings)
     make_schedule(settings.train)
     for kind in ("quantize", "prompt"):
         choices.make(kind, getattr(settings, kind))
@@ -184,6 +184,7 @@ def check(settings: Settings) -> Change:
     change: Change = choices.make("dynamics", settings.dynamics)
     with in_config("dynamics: "):
         change.dynamics(settings.train.steps)
+        change.suits(method.innermost for method in rules.values() if method)
     return change
 
 

@@ -20,6 +20,7 @@ _LIMITS = (
     ("b2", 0, 1),
     ("final", 0, math.inf),
     ("weight_decay", 0, math.inf),
+    ("clip", 0, math.inf),
     ("diverged", 1, math.inf),
 )
 

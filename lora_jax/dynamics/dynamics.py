@@ -29,9 +29,9 @@ class Dynamics:
 
     `penalty` counts once an optimizer step, however many micro-batches it has. `after` sees the
     trained values before and after the optimizer's update, and the gradient of that step: of the
-    mean loss and the penalty, not yet clipped. `step` counts from 0. A step that is not finite
-    calls neither the optimizer nor `after`. `frozen` puts arrays of the state among the frozen
-    ones. `steps` is how long a run the schedule needs, where it has one.
+    mean loss and the penalty, as the optimizer gets it. `step` counts from 0. A step that is not
+    finite calls neither the optimizer nor `after`. `frozen` puts arrays of the state among the
+    frozen ones. `steps` is how long a run the schedule needs, where it has one.
     """
 
     name: str

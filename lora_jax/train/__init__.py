@@ -2,7 +2,7 @@
 
 from lora_jax.train.loop import Outcome, Progress, Watch, fit
 from lora_jax.train.loss import answer_loss, cross_entropy
-from lora_jax.train.optimizer import Optimizer, adamw, clipped, warm_cosine
+from lora_jax.train.optimizer import Optimizer, adamw, warm_cosine
 from lora_jax.train.step import StepInfo, TrainState, adapter_loss, init_state, make_step
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "adamw",
     "adapter_loss",
     "answer_loss",
-    "clipped",
     "cross_entropy",
     "fit",
     "init_state",

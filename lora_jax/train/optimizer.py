@@ -1,4 +1,4 @@
-"""AdamW under a warm-up and a cosine, with the gradient clipped first."""
+"""AdamW under a warm-up and a cosine."""
 
 from typing import NamedTuple
 
@@ -23,19 +23,18 @@ def adamw(
     weight_decay: float = 0.0,
     b1: float = 0.9,
     b2: float = 0.999,
-    clip: float | None = 1.0,
 ) -> Optimizer:
-    """AdamW under `warm_cosine`, with the gradient clipped first.
+    """AdamW under `warm_cosine`; `make_step` clips the gradient.
 
-    `clip` bounds the global norm of the gradient (None or 0: no bound); `weight_decay` is decoupled
-    and meets trained values only. InputError for settings outside their range.
+    `weight_decay` is decoupled and meets trained values only. InputError for settings outside their
+    range.
 
     >>> float(adamw(steps=10, learning_rate=0.5).schedule(0))
     0.5
     """
     schedule = warm_cosine(steps=steps, learning_rate=learning_rate, warmup=warmup, final=final)
-    inner = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
-    return Optimizer(clipped(inner, clip), schedule)
+    transform = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+    return Optimizer(transform, schedule)
 
 
 def warm_cosine(
@@ -51,16 +50,6 @@ def warm_cosine(
     rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, max(warmup, 1))
     fall = optax.cosine_decay_schedule(learning_rate, max(steps - warmup, 1), alpha=final)
     return optax.join_schedules([rise, fall], [warmup]) if warmup else fall
-
-
-def clipped(
-    transform: optax.GradientTransformation, clip: float | None
-) -> optax.GradientTransformation:
-    """A transformation behind a bound on the gradient's global norm (None or 0: no bound)."""
-    if clip is not None and clip < 0:
-        raise InputError(f"clip={clip} is negative; give a bound on the gradient's norm, or 0")
-    bound = [optax.clip_by_global_norm(clip)] if clip else []
-    return optax.chain(*bound, transform)
 
 
 def _check(steps: int, learning_rate: float, warmup: int) -> None:

@@ -74,6 +74,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,
+    clip: float | None = None,
     seed: int = 0,
     dynamics: Dynamics | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, StepInfo]]:
@@ -85,11 +86,15 @@ def make_step(
     Dropout keys are folded from (seed, step, micro-batch). A step whose loss or gradient is not
     finite changes nothing but the count, and says so in `info.applied`.
 
-    `dynamics` (given to `init_state` too) act once a step, on the accumulated mean gradient; their
-    penalty is part of that gradient and its norm, not of `info.loss`.
+    `clip` bounds the global norm of the gradient, for the optimizer and the dynamics alike (None or
+    0: no bound); `info.grad_norm` is that before. `dynamics` (given to `init_state` too) act once a
+    step, on the accumulated mean gradient; their penalty is part of that gradient and its norm, not
+    of `info.loss`.
     """
     if accumulate < 1:
         raise InputError(f"accumulate={accumulate} must be at least 1")
+    if clip is not None and not clip >= 0:
+        raise InputError(f"clip={clip}: give a bound on the gradient's norm, or 0 for none")
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepInfo]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -102,6 +107,9 @@ def make_step(
             grads = jax.tree.map(jnp.add, grads, pull)
         norm = _norm(grads)
         applied = jnp.isfinite(total) & jnp.isfinite(norm)
+        if clip:
+            shrink = jnp.minimum(1.0, clip / norm)
+            grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
 
         def update(before: Any, opt_state: Any, kept: Any) -> tuple[Any, Any, Any]:
             updates, opt_state = optimizer.update(grads, opt_state, before)

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from lora_jax.dynamics import Dynamics
 from lora_jax.errors import InputError
 from lora_jax.train import init_state, make_step
 
@@ -68,6 +69,31 @@ def test_the_given_values_survive_the_first_step(case):
     before = np.array(case[0]["a"])
     run(case, 1)
     np.testing.assert_array_equal(case[0]["a"], before)
+
+
+@pytest.mark.parametrize("clip", [None, 0.0, 0.5, 1e6])
+def test_the_optimizer_and_the_dynamics_get_the_clipped_gradient(case, clip):
+    trained, frozen, batch = case
+    watching = Dynamics(
+        "watching",
+        lambda frozen, trained: jax.tree.map(jnp.zeros_like, trained),
+        lambda kept, step, grads, before, after: (grads, after),
+    )
+    optimizer = optax.sgd(1.0)
+    step = make_step(loss, optimizer, clip=clip, dynamics=watching)
+    state = init_state(trained, optimizer, frozen=frozen, dynamics=watching)
+    state, info = step(state, frozen, batch)
+    seen = state.dynamics["a"]
+    np.testing.assert_allclose(trained["a"] - state.trained["a"], seen, rtol=1e-4, atol=1e-6)
+    whole = float(info.grad_norm)
+    assert whole > 1
+    bound = min(whole, clip) if clip else whole
+    np.testing.assert_allclose(np.linalg.norm(seen), bound, rtol=1e-5)
+
+
+def test_a_bound_below_zero_is_refused():
+    with pytest.raises(InputError, match="clip=-1"):
+        make_step(loss, optax.sgd(1.0), clip=-1.0)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(case):
