@@ -6,6 +6,20 @@ length of what its adapter adds; the layers that make up `threshold` of each kin
 own pair, all others of the kind share one. Does that cost accuracy?
 
     python -m experiments.finetune --config=configs/lora_drop.py
+
+Rank and learning rate are those that `configs/sentences.py` chose on dev for LoRA. One seed, test
+accuracy on 2,000 snippets with its 95 % interval (Wilson); the head counts as trained, too:
+
+    arm            trained    accuracy, %
+    every layer    332,546    85.0 (83.4 to 86.5)
+    most (0.9)     314,114    84.9 (83.2 to 86.4)
+    half (0.5)     132,866    84.4 (82.7 to 85.9)
+    fewest (0.01)  111,362    84.8 (83.1 to 86.3)
+
+The importance lies in the upper layers: at 0.5 one or two of six keep their own pair in each
+kind. But nothing is lost even where one layer of each kind does: the arms differ by less than a
+third of an interval, so on this task a third of the numbers is enough, and which layers they are in
+does not show. About 8 minutes of processor time, 1.9 GB, on two cores.
 """
 
 from ml_collections import config_dict
@@ -21,7 +35,7 @@ def get_config() -> config_dict.ConfigDict:
         ("every layer", {}),
         ("most", {**drop, "dynamics.threshold": 0.9}),
         ("half", {**drop, "dynamics.threshold": 0.5}),
-        ("one shared", {**drop, "dynamics.threshold": 0.01}),
+        ("fewest", {**drop, "dynamics.threshold": 0.01}),
     )
 
     config.model = config_dict.ConfigDict()
