@@ -3,8 +3,8 @@
 python -m experiments.bench_methods --config=configs/bench_methods.py
 
 For each method: trained numbers, bytes of the saved file, floating-point operations of a step, its
-time and the peak memory of its process. LoRA's step is timed in turns with every other's, here and
-in peft, and ratios are medians over pairs of turns, so a slow minute meets both.
+time and the peak memory of its process while it steps. LoRA's step is timed in turns with every
+other's, here and in peft, and ratios are medians over pairs of turns, so a slow minute meets both.
 """
 
 import json
@@ -25,7 +25,7 @@ from lora_jax.errors import InputError
 from lora_jax.io.export import save_hf
 from lora_jax.models import load
 
-COLUMNS = ("trained", "saved", "frozen", "flops", "seconds", "peak_gb")
+COLUMNS = ("trained", "saved", "frozen", "flops", "seconds", "steps_gb")
 HEADS = ("method", "trained", "saved, kB", "base, MB", "TFLOP", "step", "memory")
 HEADS += ("peft's step", "its memory")
 
@@ -122,7 +122,7 @@ def _compare(
 def _relative(reference: Worker, worker: Worker) -> dict[str, Any]:
     base, own = reference.end(), worker.end()
     step = statistics.median(np.divide(own["all"], base["all"]))
-    memory = own["peak_gb"] / base["peak_gb"]
+    memory = own["steps_gb"] / base["steps_gb"]
     facts = {column: own.get(column) for column in COLUMNS}
     return {**facts, "step": step, "memory": memory, "all": own["all"], "lora": base["all"]}
 

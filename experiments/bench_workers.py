@@ -1,7 +1,8 @@
 """The processes that benchmarks time: each makes one training step ready and runs it on demand.
 
 A worker reads one word a line: `step` runs one step and answers with its seconds, `end` answers
-with the peak memory of its process. Torch is imported in the peer's worker alone.
+with the peak memory of its process, in all and in the steps. Torch is imported in the peer's worker
+alone.
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.train.memory import process_peak
+from lora_jax.train.memory import process_peak, restart_peak
 
 PRODUCT = 2048  # side of the square float32 product that measures the machine's peak
 
@@ -67,6 +68,7 @@ def lora_jax_step(folder: Path, options: Mapping[str, Any], ids: np.ndarray) -> 
 
     saved = _bytes_of(lambda place: save_adapter(place, frozen, held[0].trained))
     facts = {"flops": matrix_flops(program), "trained": lj.tree.count(trained), "saved": saved}
+    jax.clear_caches()  # programs that drew factors and packed kernels
     return Ready(run, {**facts, "frozen": lj.tree.nbytes(frozen)})
 
 
@@ -164,6 +166,8 @@ def serve(name: str, folder: Path, options: Mapping[str, Any]) -> None:
     ids = np.random.default_rng(0).integers(0, options["vocabulary"], shape)
     ready = WORKERS[name](folder, options, ids.astype(np.int32))
     losses = [ready.step() for _ in range(options["warmup"])]
+    whole = process_peak()
+    restart_peak()  # the steps alone, without what loading and compiling took
     _answer({"first_loss": losses[0] if losses else math.nan, **ready.facts})
     for line in sys.stdin:
         if line.strip() == "end":
@@ -171,7 +175,8 @@ def serve(name: str, folder: Path, options: Mapping[str, Any]) -> None:
         started = time.perf_counter()
         ready.step()
         _answer({"seconds": time.perf_counter() - started})
-    _answer({"peak_gb": process_peak()})
+    steps = process_peak()
+    _answer({"steps_gb": steps, "peak_gb": max(whole or 0.0, steps or 0.0)})
 
 
 def _batch(ids: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,28 +1,26 @@
-"""Virtual tokens before the text of a language model: what `config.prompt` may name."""
+"""Virtual tokens beside the input of a model: what `config.prompt` may name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-import lora_jax as lj
 from lora_jax import prompts
-from lora_jax.models.model import Model
-from lora_jax.prompts import Prompted
 
 __all__ = ["none", "p_tuning", "prefix_tuning", "prompt_tuning"]
 
-Wrap = Callable[[Model, jax.Array], Model | Prompted]
+Wrap = Callable[[Any, jax.Array], Any]
+"""Of a Model or Network and a key: the same, or with virtual tokens."""
 
 
 def none() -> Wrap:
-    """The text alone."""
+    """The input alone."""
     return lambda model, key: model
 
 
-def prompt_tuning(length: int = 20, init: str = "vocabulary") -> Wrap:
+def prompt_tuning(length: int = 20, init: str | None = None, deep: bool = False) -> Wrap:
     """`lora_jax.prompts.prompt_tuning`: trained embeddings."""
-    return lambda model, key: prompts.prompt_tuning(model, length, key, init=init)
+    return lambda model, key: prompts.prompt_tuning(model, length, key, init=init, deep=deep)
 
 
 def p_tuning(
@@ -36,13 +34,3 @@ def p_tuning(
 def prefix_tuning(length: int = 20, hidden: int | None = None, init: str = "normal") -> Wrap:
     """`lora_jax.prompts.prefix_tuning`: trained keys and values in every layer."""
     return lambda model, key: prompts.prefix_tuning(model, length, key, hidden=hidden, init=init)
-
-
-def prompt_rules(options: Mapping[str, Any]) -> dict[Any, lj.Method]:
-    """The rules that train the virtual tokens of such a section."""
-    return {} if options["name"] == "none" else {"prompt/.*": lj.full()}
-
-
-def prompt_record(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a saved adapter must say of them, so that it can be opened."""
-    return {} if options["name"] == "none" else {"prompt": dict(options)}

@@ -19,6 +19,7 @@ from experiments.settings import Settings, TrainSettings, in_config, resolve
 from experiments.storages import stored
 from experiments.tasks import TASKS
 from experiments.tasks.task import Measured, Task
+from experiments.tasks.virtual import check_prompt
 from lora_jax.calibrate import with_data
 from lora_jax.errors import InputError
 from lora_jax.io.peft.notes import describe
@@ -174,13 +175,8 @@ def check(settings: Settings) -> Change:
     """
     rules = make_rules(settings)
     make_schedule(settings.train)
-    for kind in ("quantize", "prompt"):
-        choices.make(kind, getattr(settings, kind))
-    if settings.prompt["name"] != "none" and settings.task not in ("answers", "text"):
-        raise InputError(
-            f"config.prompt puts virtual tokens before text, and the task '{settings.task}' has no "
-            "language model; leave it out"
-        )
+    choices.make("quantize", settings.quantize)
+    check_prompt(settings)
     change: Change = choices.make("dynamics", settings.dynamics)
     with in_config("dynamics: "):
         change.dynamics(settings.train.steps)

@@ -42,7 +42,7 @@ class Worker:
 
     def end(self) -> dict[str, Any]:
         """Stop the process and return what it measured."""
-        peak = self._ask("end")["peak_gb"]
+        peaks = self._ask("end")
         self.process.wait()
         seconds, flops = statistics.median(self.seconds), self.facts["flops"]
         return {
@@ -52,7 +52,8 @@ class Worker:
             "slowest": max(self.seconds),
             "all": self.seconds,
             "tokens_per_second": self.options["batch"] * self.options["time"] / seconds,
-            "peak_gb": peak,
+            "peak_gb": peaks["peak_gb"],
+            "steps_gb": peaks["steps_gb"],
             "flops_per_second": flops / seconds if flops else None,
             **self.facts,
         }

@@ -161,7 +161,7 @@ def _checked(path: str, leaf: Any, choice: Chosen, sites: Sites) -> Chosen:
     assert site is not None
     if isinstance(choice, Method):
         return choice.at(site) if choice.at else choice
-    return tuple(choice)
+    return tuple(method.at(site) if method and method.at else method for method in choice)
 
 
 def _attach(
@@ -315,10 +315,13 @@ def _check_each(path: str, methods: list[Method | None], site: Site, pool: _Pool
                 "stack, or choose a method that adapts one matrix"
             )
         same = method.forward == present[0].forward
-        if not same or _parts(method, site, pool) != _parts(present[0], site, pool):
+        parts = _parts(method, site, pool), _parts(present[0], site, pool)
+        if not same or parts[0] != parts[1]:
+            arrays = " and ".join(", ".join(trained) for _, trained in parts[::-1])
+            why = f" (these train {arrays})" if same else ""
             raise InputError(
                 f"the layers of '{path}' mix {present[0]!r} and {method!r}; one stack takes one "
-                "kind of method, whose layers differ in rank and alpha only"
+                f"kind of method, whose layers differ in rank and alpha only{why}"
             )
 
 

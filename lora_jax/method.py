@@ -28,9 +28,10 @@ class Method:
     `frozen` and `trained` are dicts of arrays; the frozen kernel itself goes by the name `w`. All
     functions see one matrix: stacks (scanned layers, experts) come by `vmap`. `x` is an
     `Operand`: `x @ m` is the site's own contraction with `m` in place of the kernel, whatever the
-    operation is, and `x.dropout(rate)` drops its entries where a key is bound. `apply` is linear in
-    `x` and may be left out: then the kernel is formed. A method without `weight` has no matrix (it
-    is not linear in `x`): it runs factored only, and cannot be merged.
+    operation is; where a key is bound, `x.dropout(rate)` drops its entries, and `x.mask(rate,
+    shape)` draws zeros and ones. `apply` is linear in `x` and may be left out: then the kernel is
+    formed. A method without `weight` has no matrix (it is not linear in `x`): it runs factored
+    only, and cannot be merged.
 
     `hyper` holds the arguments of `factory`, for printing and for files. The other fields say what
     a method is beyond one matrix:
@@ -38,7 +39,8 @@ class Method:
     * `anywhere`: it treats every number alike, so biases and norms may take it, in their own shape.
     * `lookup_init` replaces `init` for embeddings.
     * `shared` names trained arrays that the experts of a site have in common.
-    * `at` may choose another method for a site by what it is (fewer ranks where there are experts).
+    * `at` may choose another method for a site by what it is (fewer ranks where there are experts,
+      another form where the kernel has a window).
     * `common(key, shapes) -> frozen, trained` makes arrays that all parameters of one `attach` have
       in common whose methods have this name and an equal `common`; `shapes` are those parameters'
       matrices by path. They are stored once and meet the functions among `frozen` and `trained`.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lora_jax.errors import InputError
 from lora_jax.tracing import axes
 from lora_jax.tracing._compat import source_line
-from lora_jax.tracing.axes import Atom, View
+from lora_jax.tracing.axes import Atom, Dims, View
 from lora_jax.tracing.joined import leaves
 from lora_jax.tracing.tracked import Equation, Followed, Tracked, Use, stateful
 
@@ -46,6 +46,7 @@ class Seen(NamedTuple):
     line: str
     cells: frozenset[int]  # loops in which the same kernel is used at every round
     states: frozenset[int]  # those of them on whose state the operand depends
+    window: Dims = ()  # of a convolution: the input channels, and each axis of its window
 
 
 @dataclass
@@ -66,12 +67,14 @@ class Recorder:
             return at.plain()
         if tracked.label is not None:  # inside a shard_map: a device's part of the parameter
             stack, ins, outs = (tuple(map(tracked.label.grown, side)) for side in use[1:4])
-            use = Use(use.kind, stack, ins, outs, use.position)
+            window = tuple(tuple(map(tracked.label.grown, axis)) for axis in use.window)
+            use = Use(use.kind, stack, ins, outs, use.position, window)
         ordered = sorted((*tracked.gone, *use.stack), key=lambda atom: (atom.axis, -atom.stride))
         view = View(self.shapes[tracked.path], tuple(ordered), use.ins, use.outs)
         stacks = dict.fromkeys(tracked.gone, "layers") | dict.fromkeys(use.stack, STACKS[use.kind])
         cells = frozenset(k for k in self.active if tracked.path not in self.sliced[k])
-        seen = Seen(use.kind, view, stacks, source_line(at.eqn), cells, cells & at.loops)
+        line, states = source_line(at.eqn), cells & at.loops
+        seen = Seen(use.kind, view, stacks, line, cells, states, use.window)
         self.uses.setdefault(tracked.path, {})[id(at.eqn), use.position] = seen
         return at.plain()
 
@@ -174,7 +177,8 @@ class Recorder:
                 self.uses.pop(path, None)
         for path, part in self.parts.items():
             for key, seen in self.uses.get(part.leaf, {}).items():
-                self.uses.setdefault(path, {})[key] = seen._replace(view=resized(seen.view, part))
+                view, window = resized(seen.view, part), cut(seen.window, seen.view.shape, part)
+                self.uses.setdefault(path, {})[key] = seen._replace(view=view, window=window)
         for leaf in {part.leaf for part in self.parts.values()}:
             self.uses.pop(leaf, None)
         self.uses = {path: uses for path, uses in self.uses.items() if uses}
@@ -208,13 +212,9 @@ def flipped(view: View) -> View:
 
 def resized(view: View, part: Part) -> View:
     """The view of a part of a parameter; the cut axis is one whole atom of the view."""
-    size, whole = part.stop - part.start, view.shape[part.axis]
-
-    def cut(atoms: Sequence[Atom]) -> tuple[Atom, ...]:
-        return tuple(Atom(a.axis, 1, size) if a == Atom(part.axis, 1, whole) else a for a in atoms)
-
+    size = part.stop - part.start
     shape = (*view.shape[: part.axis], size, *view.shape[part.axis + 1 :])
-    small = View(shape, cut(view.stack), cut(view.ins), cut(view.outs))
+    small = View(shape, *cut(view[1:], view.shape, part))
     held = [atom for side in small[1:] for atom in side if atom.axis == part.axis]
     if axes.size_of(held) != size:
         raise InputError(
@@ -222,6 +222,13 @@ def resized(view: View, part: Part) -> View:
             "model splits that axis itself; cut another one"
         )
     return small
+
+
+def cut(dims: Dims, shape: Sequence[int], part: Part) -> Dims:
+    """Atoms of a parameter of this shape as those of its part."""
+    large = Atom(part.axis, 1, shape[part.axis])
+    small = large._replace(size=part.stop - part.start)
+    return tuple(tuple(small if atom == large else atom for atom in axis) for axis in dims)
 
 
 def _spell(seen: Seen) -> str:

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from lora_jax import tree
 from lora_jax.errors import InputError
 from lora_jax.fused import Fused
-from lora_jax.recorder import Part, Recorder, Seen, flipped, resized
+from lora_jax.recorder import Part, Recorder, Seen, cut, flipped, resized
 from lora_jax.table import sites_table
 from lora_jax.tracing import axes
-from lora_jax.tracing.axes import View
+from lora_jax.tracing.axes import Dims, View, Window
 from lora_jax.tracing.rewrite import rewrite, split_arrays
 from lora_jax.tracing.tracked import Tracked
 from lora_jax.tree import Rule
@@ -43,7 +43,8 @@ class Site:
     how many places of the model. `others` are operations on the parameter that are no products
     with it. `router` is the kernel that chooses among experts: called router or gate, with as many
     outputs as the model has experts. `role` is `recurrent` or `input` for the kernels of a
-    recurrent cell.
+    recurrent cell. `spatial` are the atoms of a convolution's input channels and of each axis of
+    its window.
     """
 
     path: str
@@ -55,6 +56,12 @@ class Site:
     others: tuple[str, ...] = ()
     router: bool = False
     role: str = ""
+    spatial: Dims = ()
+
+    @property
+    def window(self) -> Window | None:
+        """A convolution's window and input channels, None for other kernels."""
+        return Window(self.view.ins, self.spatial[0], self.spatial[1:]) if self.spatial else None
 
     @property
     def d_in(self) -> int:
@@ -135,8 +142,10 @@ class Sites(Mapping[str, Site]):
             site = sites.pop(path)
             for name, part in _cut(site, parts, axis).items():
                 cuts[f"{path}/{name}"] = part
-                view = resized(site.view, part)
-                sites[f"{path}/{name}"] = replace(site, path=f"{path}/{name}", view=view)
+                view, spatial = resized(site.view, part), cut(site.spatial, site.view.shape, part)
+                sites[f"{path}/{name}"] = replace(
+                    site, path=f"{path}/{name}", view=view, spatial=spatial
+                )
         return Sites(sites, self.others, cuts)
 
     def taken_apart(self, params: Any) -> Any:
@@ -217,7 +226,8 @@ def _site(recorder: Recorder, path: str, dtype: Any) -> Site:
     stacks = tuple(named.get(atom, "layers") for atom in view.stack)
     names = tuple(dict.fromkeys(_name(seen, view) for seen in found))
     others = tuple(recorder.others.get(path, ()))
-    return Site(path, dtype, view, names, stacks, len(found), others)
+    spatial = next((seen.window for seen in found if seen.window), ())
+    return Site(path, dtype, view, names, stacks, len(found), others, spatial=spatial)
 
 
 def _others(recorder: Recorder, path: str, leaf: Any) -> tuple[str, ...]:

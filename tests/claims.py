@@ -18,22 +18,6 @@ def low_rank(rank):
     return each(lambda d_in, d_out: rank * (d_in + d_out))
 
 
-def pairs(n):
-    """The divisors (small, large) of n, as near to each other as they come."""
-    small = max(k for k in range(1, math.isqrt(n) + 1) if n % k == 0)
-    return small, n // small
-
-
-def kronecker(rank):
-    """One side whole, the other in two factors where that is smaller."""
-
-    def count(d_in, d_out):
-        (a, b), (c, d) = pairs(d_out), pairs(d_in)
-        return a * c + (rank * (b + d) if rank < max(b, d) / 2 else b * d)
-
-    return each(count)
-
-
 def bank(rank, vectors, length):
     """A bank for all, and logits for each chunk of each rank's vectors."""
     logits = each(lambda d_in, d_out: rank * (d_in + d_out) // length * vectors)
@@ -72,7 +56,10 @@ CLAIMS = {
         lambda: m.vera(rank=3, projection="seed"), count=each(lambda i, o: 3 + o)
     ),
     "loha": Claim(lambda: m.loha(rank=2), count=each(lambda i, o: 4 * (i + o))),
-    "lokr": Claim(lambda: m.lokr(rank=1), count=kronecker(1)),
+    "loha with cores": Claim(lambda: m.loha(rank=2, effective_conv=True)),
+    "loha with dropout": Claim(lambda: m.loha(rank=2, rank_dropout=0.5, module_dropout=0.5)),
+    "lokr": Claim(lambda: m.lokr(rank=1)),  # its count is a convolution's window too
+    "lokr with cores": Claim(lambda: m.lokr(rank=1, effective_conv=True)),
     "ia3": Claim(m.ia3, count=each(lambda i, o: o)),
     "ia3 feedforward": Claim(lambda: m.ia3(feedforward=True), count=each(lambda i, o: i)),
     "vblora": Claim(

@@ -5,13 +5,15 @@ To add one, write a module here and its name into `TASKS`. The module has
 * `Data`: a frozen dataclass of what `config.data` may set, every field with a default (its type is
   that of the default; other types and unknown keys are refused with the nearest named).
   `__post_init__` checks values: `check_positive`, or an InputError that names `config.data.KEY`;
-* `make(settings) -> Task`: reads `settings.data` (that Data), `settings.model`, `settings.seed`,
-  `settings.train.batch` and `settings.evaluate` alone: runs that differ elsewhere share one Task;
+* `make(settings) -> Task`: reads `settings.data` (that Data), `settings.model`, `settings.prompt`,
+  `settings.seed`, `settings.train.batch` and `settings.evaluate` alone: runs that differ elsewhere
+  share one Task;
 * if it wants other keys than `config.model.source`, a dataclass `ModelSettings` in the same way; an
   empty `source` stands for the task's own default. `language.py` has that of language models.
 
-`task.py` has the interface, and pieces: `compiled`, `draw_rows`, `check_positive`. A task that
-trains fresh parameters (a head) puts them into `params` and names them in `fresh`.
+`task.py` has the interface, and pieces: `compiled`, `draw_rows`, `check_positive`; `virtual.py` has
+those of models with virtual tokens. A task that trains fresh parameters (a head) puts them into
+`params` and names them in `fresh`.
 """
 
 import importlib

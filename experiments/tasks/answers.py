@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.prompting import prompt_record, prompt_rules
 from experiments.settings import Settings, in_config
 from experiments.tasks.language import ModelSettings as ModelSettings
 from experiments.tasks.language import check_length, load_model, tokenizer_of
 from experiments.tasks.task import Measured, Task, check_positive, compiled
+from experiments.tasks.virtual import prompt_record, prompt_rules
 from lora_jax.data import (
     Batches,
     Encoded,

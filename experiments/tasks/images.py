@@ -27,6 +27,7 @@ from experiments.tasks.task import (
     draw_rows,
     shuffled,
 )
+from experiments.tasks.virtual import prompt_record, prompt_rules, prompted
 from lora_jax.data import images as files
 from lora_jax.data.images import Images, normalised, read_digits, read_fashion
 from lora_jax.errors import InputError
@@ -97,7 +98,7 @@ def make(settings: Settings) -> Task:
     parts = read(data, settings.seed)
     train, held_out = parts["train"], parts[settings.evaluate.split]
     kind = KINDS[settings.model.kind]
-    body = kind.load(settings.model.source or kind.default)
+    body = prompted(kind.load(settings.model.source or kind.default), settings)
     network = with_head(body, len(train.classes), jax.random.key(settings.seed))
     inputs = (jax.ShapeDtypeStruct((1, data.size, data.size, 3), jnp.float32),)
     with in_config("data.size: "):
@@ -118,7 +119,8 @@ def make(settings: Settings) -> Task:
         batches=lambda step: batch_of(train.take(rows(step))),
         measure=_make_measure(network, held_out, batch_of, settings.evaluate.batch),
         about=f"{about}: {_sizes(parts, settings.evaluate.split)}",
-        fresh={"head/.*": lj.full()},
+        fresh={"head/.*": lj.full(), **prompt_rules(settings.prompt)},
+        record=prompt_record(settings.prompt),
         source=network.source,
         card={"data": about, "examples": {name: len(x.labels) for name, x in parts.items()}},
         show=partial(_show, held_out),

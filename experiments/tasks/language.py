@@ -3,12 +3,11 @@
 import time
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 
-from experiments import choices
 from experiments.choices import check_choice
 from experiments.settings import Settings
+from experiments.tasks.virtual import prompted
 from lora_jax.errors import InputError
 from lora_jax.io.tokenizer import Tokenizer
 from lora_jax.models import load
@@ -44,8 +43,7 @@ def load_model(settings: Settings) -> Model | Prompted:
     model = load(options.source)
     print(f"loaded {options.source} in {time.perf_counter() - started:.1f} s", flush=True)
     model = model.with_options(dtype=jnp.dtype(options.dtype), remat=options.remat)
-    key = jax.random.fold_in(jax.random.key(settings.seed), 2)
-    return choices.make("prompt", settings.prompt)(model, key)
+    return prompted(model, settings)
 
 
 def tokenizer_of(model: Model | Prompted, settings: Settings) -> Tokenizer:

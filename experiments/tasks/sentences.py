@@ -17,7 +17,15 @@ import optax
 import lora_jax as lj
 from experiments.choices import check_choice
 from experiments.settings import Settings, in_config
-from experiments.tasks.task import Batch, Measured, Task, check_positive, compiled, draw_rows
+from experiments.tasks.task import (
+    Batch,
+    Measured,
+    Task,
+    check_positive,
+    compiled,
+    draw_rows,
+)
+from experiments.tasks.virtual import prompt_record, prompt_rules, prompted
 from lora_jax.data import Example, Splits, split_examples
 from lora_jax.data.domains import DOMAINS, LABELS, read_domain
 from lora_jax.data.order import by_hash
@@ -112,7 +120,7 @@ def make(settings: Settings) -> Task:
     """Load the encoder, put a head on it, and read the sentences, fetching both at need."""
     data, size = settings.data, settings.train.batch
     encoder = load_bert(settings.model.source or MINILM, settings.model.pooling)
-    network = with_head(encoder, len(LABELS), jax.random.key(settings.seed))
+    network = with_head(prompted(encoder, settings), len(LABELS), jax.random.key(settings.seed))
     splits, held_out = _read(settings)
     rows_of = partial(_rows, tokenizer_of(encoder), length=data.length)
     with in_config("data."):
@@ -126,7 +134,8 @@ def make(settings: Settings) -> Task:
         batches=lambda step: train.batch(draw_rows(len(train.ids), size, settings.seed, step)),
         measure=_make_measure(network, others, settings.evaluate.batch),
         about=_about(settings, splits, held_out),
-        fresh={"head/.*": lj.full()},
+        fresh={"head/.*": lj.full(), **prompt_rules(settings.prompt)},
+        record=prompt_record(settings.prompt),
         source=network.source,
         card={
             "data": f"{data.domain} sentences with readers' ratings, vaderSentiment 3.3.2",

@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any, TypedDict
 
 from lora_jax.errors import InputError
@@ -51,18 +52,27 @@ class Card(TypedDict, total=False):
 Rows = Sequence[tuple[str, Any]]
 
 
-def model_card(base_name: str, sites: Rows, card: Card) -> str:
+def model_card(
+    base_name: str,
+    sites: Rows,
+    card: Card,
+    *,
+    task_type: str | None = "CAUSAL_LM",
+    virtual: bool = False,
+) -> str:
     """The text of README.md: front matter, then one section for each thing that is known.
 
     `base_name` is what PEFT calls the base (base_model_name_or_path); `sites` are rows of target
-    and method, already in words. Raises InputError for a field that no card has.
+    and method, already in words. `task_type` is PEFT's word for what the base does, and `virtual`
+    says that virtual tokens are saved and no adapter: both tell how to load it. Raises InputError
+    for a field that no card has.
 
     >>> print(model_card("org/base", [("q_proj", "lora, rank 4")], {"seed": 0}).splitlines()[1])
     base_model: "org/base"
     """
     _check_fields(card)
     sections = [
-        _front_matter(base_name, card),
+        _front_matter(base_name, card, _TASKS.get(task_type or "", ("", "AutoModel"))[0]),
         f"# {card.get('title') or 'Adapter for ' + base_name}",
         card.get("summary", ""),
         _section("Base", _table(_base_rows(base_name, card))),
@@ -71,10 +81,21 @@ def model_card(base_name: str, sites: Rows, card: Card) -> str:
         _section("Training", _table(_training_rows(card))),
         _section("Results", _results(card), _merge_error(card)),
         _section("Limits", card.get("limits", "")),
-        _section("How to use", _how_to_use(base_name, card)),
+        _section("How to use", _how_to_use(base_name, card, task_type or "", virtual)),
         _section("Versions", _table(sorted(card.get("versions", {}).items()))),
     ]
     return "\n\n".join(part for part in sections if part) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """The versions of this library and of JAX, where they are installed as distributions."""
+    found = {}
+    for name, distribution in (("lora_jax", "lora-jax"), ("jax", "jax")):
+        try:
+            found[name] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            continue
+    return found
 
 
 def _check_fields(card: Card) -> None:
@@ -86,14 +107,14 @@ def _check_fields(card: Card) -> None:
             raise InputError(f"a model card has no field {field!r}{hint}")
 
 
-def _front_matter(base_name: str, card: Card) -> str:
+def _front_matter(base_name: str, card: Card, pipeline: str) -> str:
     """YAML; every value is written as JSON, which is YAML too, so nothing needs escaping."""
-    tags = sorted({"lora", "peft", "lora_jax", *card.get("tags", ())})
+    tags = sorted({"peft", "lora_jax", *card.get("tags", ())})
     fields: dict[str, Any] = {
         # the hub refuses a base_model that is no repository's name
         "base_model": base_name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_name) else None,
         "library_name": "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": pipeline or None,
         "license": card.get("license"),
         "language": card.get("language"),
         "tags": tags,
@@ -174,10 +195,21 @@ def _merge_error(card: Card) -> str:
     return f"Largest difference of the merged model's logits, relative to the largest: {error:.3g}."
 
 
-def _how_to_use(base_name: str, card: Card) -> str:
+def _how_to_use(base_name: str, card: Card, task_type: str, virtual: bool) -> str:
     source = card.get("base") or base_name
     note = "" if source == base_name else _OTHER_BASE
-    return _USE.format(base=json.dumps(base_name), source=json.dumps(source)) + note
+    auto = _TASKS.get(task_type, ("", "AutoModel"))[1]
+    ours = _VIRTUAL[task_type if task_type in _VIRTUAL else "CAUSAL_LM"] if virtual else _ADAPTER
+    names = {"base": json.dumps(base_name), "source": json.dumps(source), "auto": auto}
+    return (_PEFT + ours).format(**names) + note
+
+
+# PEFT's task types -> the hub's word for them, and the class that loads such a base.
+_TASKS = {
+    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+}
 
 
 _OTHER_BASE = """
@@ -186,18 +218,20 @@ The adapter was trained, and the results measured, on the weights named under "r
 of the same name from elsewhere may differ from them (a quantised file is not its original), and
 the results with them."""
 
-_USE = """With peft and transformers:
+_PEFT = """With peft and transformers:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "THIS_FOLDER")
+model = PeftModel.from_pretrained({auto}.from_pretrained({base}), "THIS_FOLDER")
 ```
 
 With lora_jax:
 
-```python
+"""
+
+_ADAPTER = """```python
 import jax
 import jax.numpy as jnp
 import lora_jax as lj
@@ -210,3 +244,33 @@ sites = lj.find_sites(model.apply, model.params, ids)
 frozen, trained = load_peft("THIS_FOLDER", model.params, sites)
 logits = lj.factored(model.apply)(lj.bind(frozen, trained), jnp.array([[1, 2, 3]]))
 ```"""
+
+_VIRTUAL = {
+    "CAUSAL_LM": """```python
+import jax.numpy as jnp
+from lora_jax.io.peft import load_prompt
+from lora_jax.models import load
+
+model = load_prompt("THIS_FOLDER", load({source}))
+logits = model.apply(model.params, jnp.array([[1, 2, 3]]))
+```""",
+    "FEATURE_EXTRACTION": """```python
+import jax.numpy as jnp
+from lora_jax.io.peft import load_prompt
+from lora_jax.models import load_bert
+
+network = load_prompt("THIS_FOLDER", load_bert({source}))
+features = network.features(network.params, jnp.array([[1, 2, 3]]))
+```""",
+    "SEQ_CLS": """```python
+import jax
+import jax.numpy as jnp
+from lora_jax.io.peft import load_prompt
+from lora_jax.models import load_bert, with_head
+
+CLASSES = 2  # as many as the classifier in this folder has
+network = with_head(load_bert({source}, "pooler"), CLASSES, jax.random.key(0))
+network = load_prompt("THIS_FOLDER", network)
+logits = network.apply(network.params, jnp.array([[1, 2, 3]]))
+```""",
+}

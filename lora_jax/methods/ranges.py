@@ -30,8 +30,14 @@ def check_positive(name: str, **values: float) -> None:
 
 def check_dropout(name: str, dropout: float) -> None:
     """Raise InputError for a rate outside [0, 1)."""
-    if not 0 <= dropout < 1:
-        raise InputError(f"{name}(dropout={dropout!r}): a dropout rate lies in [0, 1)")
+    check_rates(name, dropout=dropout)
+
+
+def check_rates(name: str, **rates: float) -> None:
+    """Raise InputError for a rate of dropout outside [0, 1)."""
+    for key, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise InputError(f"{name}({key}={rate!r}): a dropout rate lies in [0, 1)")
 
 
 def check_choice(name: str, key: str, value: Any, known: tuple[Any, ...]) -> None:

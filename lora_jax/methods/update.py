@@ -41,3 +41,26 @@ def with_update(x: Any, w: jax.Array, update: jax.Array) -> jax.Array:
     if jnp.finfo(x.dtype).bits >= 32:
         return x @ (w + update)
     return x @ w + x @ update
+
+
+def kept_outputs(
+    x: Any, d_out: int, rank_dropout: float, module_dropout: float, rescaled: bool = True
+) -> jax.Array | None:
+    """What a call with dropout multiplies the columns of an update by: `[d_out]`, `[1]` or None.
+
+    `rank_dropout` zeroes columns, the others divided by the mean of the mask (`rescaled`);
+    `module_dropout` zeroes all of them at once, and nothing makes up for that.
+    """
+    kept = None
+    if rank_dropout and (mask := x.mask(rank_dropout, (d_out,), draw=1)) is not None:
+        kept = mask.astype(jnp.float32)
+        # no mean where all fell: the update is zero there, not nan
+        kept = kept / jnp.maximum(kept.mean(), 1 / d_out) if rescaled else kept
+    if module_dropout and (mask := x.mask(module_dropout, (1,), draw=2)) is not None:
+        kept = mask.astype(jnp.float32) * (1 if kept is None else kept)
+    return kept
+
+
+def masked(update: jax.Array, kept: jax.Array | None) -> jax.Array:
+    """An update, or its last factor, with its columns multiplied by what `kept_outputs` gives."""
+    return update if kept is None else update * kept.astype(update.dtype)

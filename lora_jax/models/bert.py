@@ -18,12 +18,14 @@ from lora_jax.models.layers import (
     Embed,
     FeedForward,
     LayerNorm,
+    LayerPrefix,
     Linear,
     SelfAttention,
     scan,
     stacked,
 )
 from lora_jax.models.network import Network
+from lora_jax.models.virtual import NONE, Virtual, each_row
 
 if TYPE_CHECKING:
     from lora_jax.io.sources import Source
@@ -43,16 +45,33 @@ class Embeddings(nnx.Module):
         self.type = Embed(config.type_vocab_size, width, rngs=rngs)
         self.norm = LayerNorm(width, config.layer_norm_eps)
 
-    def __call__(self, ids: jax.Array, types: jax.Array | None = None) -> jax.Array:
-        """`ids` and `types` [B, T] (default: all 0) -> [B, T, D]."""
-        types = jnp.zeros_like(ids) if types is None else types
-        return self.norm(self.word(ids) + self.position(self._places(ids)) + self.type(types))
+    def __call__(
+        self, ids: jax.Array, types: jax.Array | None = None, virtual: Virtual = NONE
+    ) -> jax.Array:
+        """`ids` and `types` [B, T] (default: all 0) -> [B, T, D], or with tokens [B, n + T, D].
 
-    def _places(self, ids: jax.Array) -> jax.Array:
+        Virtual tokens stand where word embeddings do, of type 0. All of them take up positions.
+        """
+        types = jnp.zeros_like(ids) if types is None else types
+        words, places = self.word(ids), self._places(ids, virtual.length)
+        if virtual.tokens is not None:
+            n, batch = virtual.length, len(ids)
+            words = jnp.concatenate([each_row(virtual.tokens, batch), words], axis=1)
+            first = jnp.broadcast_to(jnp.arange(n)[None] + self._first, (len(places), n))
+            places = jnp.concatenate([first, places], axis=1)
+            types = jnp.pad(types, ((0, 0), (n, 0)))
+        return self.norm(words + self.position(places) + self.type(types))
+
+    @property
+    def _first(self) -> int:
+        """The position of a first token."""
+        return self.config.pad_token_id + 1 if self.config.counts_from_pad else 0
+
+    def _places(self, ids: jax.Array, before: int) -> jax.Array:
         if not self.config.counts_from_pad:
-            return jnp.arange(ids.shape[1])[None, :]
+            return before + jnp.arange(ids.shape[1])[None, :]
         tokens = ids != self.config.pad_token_id
-        return jnp.cumsum(tokens, axis=1) * tokens + self.config.pad_token_id
+        return (before + jnp.cumsum(tokens, axis=1)) * tokens + self.config.pad_token_id
 
 
 class EncoderLayer(nnx.Module):
@@ -66,9 +85,11 @@ class EncoderLayer(nnx.Module):
         self.mlp = FeedForward(width, config.intermediate_size, gelu, rngs=rngs)
         self.mlp_norm = LayerNorm(width, eps)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """`x` [B, T, D] and `mask` [B, 1, T] -> [B, T, D]."""
-        x = self.attn_norm(x + self.attn(x, mask))
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, prefix: LayerPrefix | None
+    ) -> jax.Array:
+        """`x` [B, T, D], `mask` [B, 1, n + T] and `prefix` [n, H, d] each -> [B, T, D]."""
+        x = self.attn_norm(x + self.attn(x, mask, prefix))
         return self.mlp_norm(x + self.mlp(x))
 
 
@@ -82,11 +103,19 @@ class Bert(nnx.Module):
         self.pooler = Linear(width, width, bias=True, rngs=rngs) if pooler else None
 
     def __call__(
-        self, ids: jax.Array, mask: jax.Array | None = None, types: jax.Array | None = None
+        self,
+        ids: jax.Array,
+        mask: jax.Array | None = None,
+        types: jax.Array | None = None,
+        virtual: Virtual = NONE,
     ) -> jax.Array:
-        """`ids`, `mask` (True at tokens) and `types` [B, T] -> hidden states [B, T, D]."""
-        seen = None if mask is None else mask.astype(bool)[:, None, :]
-        return scan(self.layers, self.embed(ids, types), seen)
+        """`ids`, `mask` (True at tokens) and `types` [B, T] -> hidden states [B, T, D].
+
+        Those of virtual tokens come before them: [B, n + T, D].
+        """
+        seen = None if mask is None else behind(mask, virtual.length)[:, None, :]
+        x = self.embed(ids, types, virtual)
+        return scan(self.layers, x, seen, own=virtual.keys_values)
 
     def pooled(self, hidden: jax.Array) -> jax.Array:
         """`hidden` [B, T, D] -> tanh(first token @ kernel + bias) [B, D]."""
@@ -103,6 +132,15 @@ def masked_mean(hidden: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     return jnp.sum(hidden * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
 
 
+def behind(mask: jax.Array, n: int) -> jax.Array:
+    """A mask [B, T] behind n tokens that are all there: [B, n + T].
+
+    >>> behind(jnp.array([[True, False]]), 1).tolist()
+    [[True, True, False]]
+    """
+    return jnp.pad(mask.astype(bool), ((0, 0), (n, 0)), constant_values=True)
+
+
 def as_network(
     config: BertConfig,
     params: dict[str, Any],
@@ -115,29 +153,39 @@ def as_network(
     `apply(params, ids, mask=None, types=None)` gives hidden states [B, T, D]; `mask` is True at
     tokens (default: everywhere), `types` are segment numbers (default: 0). `features`, of the same
     inputs, pools them to [B, D]: the "mean" over tokens, the first token ("cls"), or the tanh
-    layer over the first token ("pooler").
+    layer over the first token ("pooler"). Both take `virtual` tokens (`lora_jax.prompts`) before
+    the text: embeddings of theirs are pooled as tokens, and left out of the hidden states.
     """
     graph = nnx.graphdef(_abstract(config, pooling))
+
+    def whole(params: Mapping[str, Any], ids: Any, mask: Any, types: Any, virtual: Virtual) -> Any:
+        _check_inputs(config, ids, mask, types, virtual.length)
+        return nnx.merge(graph, params)(ids, mask, types, virtual)
 
     def apply(
         params: Mapping[str, Any],
         ids: jax.Array,
         mask: jax.Array | None = None,
         types: jax.Array | None = None,
+        virtual: Virtual = NONE,
     ) -> jax.Array:
-        _check_inputs(config, ids, mask, types)
-        return nnx.merge(graph, params)(ids, mask, types)
+        hidden = whole(params, ids, mask, types, virtual)
+        return hidden[:, hidden.shape[1] - ids.shape[1] :]
 
     def features(
         params: Mapping[str, Any],
         ids: jax.Array,
         mask: jax.Array | None = None,
         types: jax.Array | None = None,
+        virtual: Virtual = NONE,
     ) -> jax.Array:
-        hidden = apply(params, ids, mask, types)
+        hidden = whole(params, ids, mask, types, virtual)
         if pooling == "pooler":
             return nnx.merge(graph, params).pooled(hidden)
-        return hidden[:, 0] if pooling == "cls" else masked_mean(hidden, mask)
+        if pooling == "cls":
+            return hidden[:, 0]
+        before = hidden.shape[1] - ids.shape[1]
+        return masked_mean(hidden, None if mask is None else behind(mask, before))
 
     shape = (2, min(8, config.context))
     inputs = (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_))
@@ -190,14 +238,15 @@ def _has_pooler(pooling: str) -> bool:
     return pooling == "pooler"
 
 
-def _check_inputs(config: BertConfig, ids: Any, mask: Any, types: Any) -> None:
+def _check_inputs(config: BertConfig, ids: Any, mask: Any, types: Any, before: int) -> None:
     if len(ids.shape) != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise InputError(
             f"BERT reads token ids [B, T] of an integer type, got {list(ids.shape)} {ids.dtype}"
         )
-    if ids.shape[1] > config.context:
+    length = before + ids.shape[1]
+    if length > config.context:
         raise InputError(
-            f"{ids.shape[1]} tokens are longer than the model's context of {config.context}; "
+            f"{length} tokens are longer than the model's context of {config.context}; "
             "shorten the text"
         )
     for name, value in (("mask", mask), ("types", types)):

@@ -5,12 +5,15 @@ L layers, V vocabulary. Kernels are [d_in, d_out] and meet their input as `x @ k
 """
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lora_jax.models.virtual import each_row
+
+LayerPrefix: TypeAlias = tuple[jax.Array, jax.Array]
 Block = TypeVar("Block", bound=nnx.Module, covariant=True)
 
 _normal = nnx.initializers.normal(0.02)
@@ -81,6 +84,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, time, heads * size)
 
 
+def after(old: jax.Array, new: jax.Array) -> jax.Array:
+    """Keys (or values) `new` [B, T, K, d] behind those `old` [n, K, d] that all rows have first."""
+    return jnp.concatenate([each_row(old.astype(new.dtype), len(new)), new], axis=1)
+
+
 class SelfAttention(nnx.Module):
     """Multi-head self-attention without positions of its own; every projection has a bias."""
 
@@ -91,12 +99,16 @@ class SelfAttention(nnx.Module):
         self.v_proj = Linear(width, width, bias=True, rngs=rngs)
         self.o_proj = Linear(width, width, bias=True, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """`x` [B, T, D] -> [B, T, D]; `mask` as in `attend`."""
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, prefix: LayerPrefix | None = None
+    ) -> jax.Array:
+        """`x` [B, T, D] -> [B, T, D]; `mask` as in `attend`, `prefix` [n, H, d] each first."""
         q, k, v = (
             project(x).reshape(*x.shape[:2], self.heads, -1)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if prefix is not None:
+            k, v = (after(old, new) for old, new in zip(prefix, (k, v), strict=True))
         return self.o_proj(attend(q, k, v, mask))
 
 
@@ -139,11 +151,15 @@ def stacked(build: Build[Block], depth: int, rngs: nnx.Rngs) -> Block:
     return layers(rngs)
 
 
-def scan(layers: nnx.Module, x: jax.Array, *beside: jax.Array | None) -> jax.Array:
-    """Sends x through every layer of a stack, one after another: x = layer(x, *beside)."""
+def scan(layers: nnx.Module, x: jax.Array, *beside: jax.Array | None, own: Any) -> jax.Array:
+    """Sends x through every layer of a stack, one after another: x = layer(x, *beside, own[l]).
+
+    `own` is a tree whose arrays [L, ...] are split among the layers, or None.
+    """
     graph, stack = nnx.split(layers)
 
-    def layer(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-        return nnx.merge(graph, weights)(x, *beside), None
+    def layer(x: jax.Array, each: tuple[nnx.State, Any]) -> tuple[jax.Array, None]:
+        weights, own = each
+        return nnx.merge(graph, weights)(x, *beside, own), None
 
-    return jax.lax.scan(layer, x, stack)[0]
+    return jax.lax.scan(layer, x, (stack, own))[0]

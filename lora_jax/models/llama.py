@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models.config import LlamaConfig
-from lora_jax.models.layers import Embed, Linear, attend, stacked
+from lora_jax.models.layers import Embed, Linear, after, attend, stacked
 from lora_jax.models.rope import rotate, rotations
 
 Rotations: TypeAlias = tuple[jax.Array, jax.Array]
@@ -81,12 +81,6 @@ def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
     return jnp.concatenate(parts, axis=1)
 
 
-def _after(old: jax.Array, new: jax.Array) -> jax.Array:
-    """Keys (or values) [B, T, K, d] behind those [n, K, d] that all rows have before them."""
-    rows = jnp.broadcast_to(old.astype(new.dtype)[None], (new.shape[0], *old.shape))
-    return jnp.concatenate([rows, new], axis=1)
-
-
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -122,7 +116,7 @@ class Attention(nnx.Module):
         )
         q, k = rotate(q, *turns), rotate(k, *turns)
         if past is not None and slot is None:
-            k, v = (_after(old, new) for old, new in zip(past, (k, v), strict=True))
+            k, v = (after(old, new) for old, new in zip(past, (k, v), strict=True))
         if past is None or slot is None:
             return self.o_proj(attend_causally(q, k, v, mask)), (k, v)
         k, v = (

@@ -18,12 +18,12 @@ from flax import nnx
 from lora_jax.errors import InputError
 from lora_jax.models.layers import FeedForward, LayerNorm, SelfAttention, scan, stacked
 from lora_jax.models.network import Network
+from lora_jax.models.virtual import NONE, Virtual, each_row
 
 if TYPE_CHECKING:
     from lora_jax.io.sources import Source
 
 _normal = nnx.initializers.normal(0.02)
-
 
 _gelu = functools.partial(jax.nn.gelu, approximate=False)
 _EPS = {"vit": 1e-12, "dinov2": 1e-6}
@@ -127,9 +127,12 @@ class Block(nnx.Module):
         self.attn_scale = nnx.Param(jnp.ones((width,))) if config.layer_scale else None
         self.mlp_scale = nnx.Param(jnp.ones((width,))) if config.layer_scale else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`x` [B, 1 + N, D] -> the next layer's x."""
-        x = x + _scaled(self.attn(self.attn_norm(x)), self.attn_scale)
+    def __call__(self, x: jax.Array, own: Virtual) -> jax.Array:
+        """`x` [B, 1 + N, D] -> the next layer's x; virtual tokens of its `own` replace x's."""
+        if own.tokens is not None:
+            x = inserted(x[:, :1], own.tokens, x[:, 1 + own.length :])
+        attended = self.attn(self.attn_norm(x), None, own.keys_values)
+        x = x + _scaled(attended, self.attn_scale)
         return x + _scaled(self.mlp(self.mlp_norm(x)), self.mlp_scale)
 
 
@@ -146,14 +149,30 @@ class ViT(nnx.Module):
         self.layers = stacked(functools.partial(Block, config), config.num_hidden_layers, rngs)
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """`images` [B, H, W, 3] -> [B, 1 + N, D] after the final norm, the class token first."""
+    def __call__(self, images: jax.Array, virtual: Virtual = NONE) -> jax.Array:
+        """`images` [B, H, W, 3] -> [B, 1 + N, D] after the final norm, the class token first.
+
+        Virtual tokens stand between the class token and the patches, without positions, and leave
+        no outputs.
+        """
         patches = self.patches(images)
         batch, rows, columns, width = patches.shape
         cls = jax.lax.broadcast(self.cls[...].astype(patches.dtype), (batch, 1))
         x = jnp.concatenate([cls, patches.reshape(batch, -1, width)], axis=1)
-        places = resample(self.positions[...], rows, columns).astype(x.dtype)
-        return self.norm(scan(self.layers, x + places[None]))
+        x = x + resample(self.positions[...], rows, columns).astype(x.dtype)[None]
+        tokens = virtual.tokens
+        if tokens is None:
+            return self.norm(scan(self.layers, x, own=virtual))
+        deep = tokens.ndim == 3
+        x = inserted(x[:, :1], tokens[0] if deep else tokens, x[:, 1:])
+        x = self.norm(scan(self.layers, x, own=virtual if deep else NONE))
+        return jnp.concatenate([x[:, :1], x[:, 1 + virtual.length :]], axis=1)
+
+
+def inserted(first: jax.Array, tokens: jax.Array, rest: jax.Array) -> jax.Array:
+    """Tokens [n, D], the same for every row, between `first` [B, 1, D] and `rest` [B, N, D]."""
+    tokens = each_row(tokens.astype(first.dtype), len(first))
+    return jnp.concatenate([first, tokens, rest], axis=1)
 
 
 def resample(positions: jax.Array, rows: int, columns: int) -> jax.Array:
@@ -202,6 +221,7 @@ def as_network(
 
     Images are floats [B, H, W, 3] as `lora_jax.data.images.normalised` makes them, H and W any
     multiples of the patch size. `features` are the class token beside the mean patch [B, 2 * D].
+    Both take `virtual` tokens (`lora_jax.prompts`) between class token and patches.
 
     >>> config = ViTConfig(12, 4, 6, 2, 3, 10)
     >>> vit = as_network(config, param_shapes(config))
@@ -210,12 +230,14 @@ def as_network(
     """
     graph = nnx.graphdef(_abstract(config))
 
-    def apply(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
+    def apply(params: Mapping[str, Any], images: jax.Array, virtual: Virtual = NONE) -> jax.Array:
         _check_images(images, config.patch_size)
-        return nnx.merge(graph, params)(images)
+        return nnx.merge(graph, params)(images, virtual)
 
-    def features(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
-        hidden = apply(params, images)
+    def features(
+        params: Mapping[str, Any], images: jax.Array, virtual: Virtual = NONE
+    ) -> jax.Array:
+        hidden = apply(params, images, virtual)
         return jnp.concatenate([hidden[:, 0], jnp.mean(hidden[:, 1:], axis=1)], axis=-1)
 
     shape = (2, config.image_size, config.image_size, 3)

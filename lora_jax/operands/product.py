@@ -71,6 +71,17 @@ class Operand:
         dropped = jnp.where(keep, self._array / (1 - rate), 0).astype(self._array.dtype)
         return Operand(self._product, dropped, self._key, name=self._name)
 
+    def mask(self, rate: float, shape: tuple[int, ...], draw: int = 0) -> jax.Array | None:
+        """Ones, and zeros with probability `rate`, drawn once for all rows of a result.
+
+        Every matrix of a stack has its own, and `draw` tells one mask of a method from another.
+        None, to be left out, where the rate is zero and where no key is bound.
+        """
+        if rate == 0 or self._key is None:
+            return None
+        key = jax.random.fold_in(self._product.own(self._key), draw)
+        return jax.random.bernoulli(key, 1 - rate, shape)
+
     @property
     def places(self) -> tuple[int, ...]:
         """The sizes of the axes that the T rows of a result run over, such as batch and time."""
@@ -138,6 +149,10 @@ class Product(abc.ABC):
     def rows(self, vector: jax.Array) -> jax.Array:
         """A vector of the matrix as it meets each row of a result."""
         return vector
+
+    def own(self, key: jax.Array) -> jax.Array:
+        """The key of one matrix of the stack."""
+        return key
 
     def transposed(self, apply: Callable[[Operand], jax.Array], array: jax.Array) -> jax.Array:
         """`array @ w'.T`: the transpose of a method's `apply(x) = x @ w'`, which is linear in x."""

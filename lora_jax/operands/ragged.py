@@ -82,6 +82,10 @@ class Ragged(Product):
         """Every row's own expert's vector, `[T, k]`."""
         return _rows(vector, self.sizes, self.which, self.operand.shape[0])
 
+    def own(self, key: jax.Array) -> jax.Array:
+        """The expert's key, of one that belongs to all rows together."""
+        return jax.random.fold_in(key, self.which)
+
 
 def ragged(**options: Any) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """`ragged_dot(x, m, sizes)` that may stand under `vmap`, also with only some arguments mapped.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,22 +10,17 @@ import jax
 import jax.numpy as jnp
 
 
-def encoded(prompt: Mapping[str, Any]) -> jax.Array:
-    """P-tuning's encoder."""
+def encoded(prompt: Mapping[str, Any], keys_values: bool) -> jax.Array:
+    """What the network of a prompt makes of its embedding, which stays as it is without one.
+
+    P-tuning's has relu between its layers, the one that makes keys and values tanh.
+    """
     x = prompt["embedding"]
     for _, cells in sorted(prompt.get("lstm", {}).items()):
         back = jnp.flip(_lstm(cells["backward"], jnp.flip(x, 0)), 0)
         x = jnp.concatenate([_lstm(cells["forward"], x), back], axis=1)
-    return _mlp(prompt["mlp"], x, jax.nn.relu)
-
-
-def projected(prompt: Mapping[str, Any]) -> jax.Array:
-    """Prefix tuning's encoder."""
-    return _mlp(prompt["mlp"], prompt["embedding"], jnp.tanh)
-
-
-def _mlp(layers: Mapping[str, Any], x: jax.Array, activation: Callable[..., Any]) -> jax.Array:
-    for name, layer in sorted(layers.items()):
+    activation = jnp.tanh if keys_values else jax.nn.relu
+    for name, layer in sorted(prompt.get("mlp", {}).items()):
         x = (activation(x) if name != "0" else x) @ layer["kernel"] + layer["bias"][None, :]
     return x
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models import LlamaConfig, Model
-
-Encode = Callable[[Mapping[str, Any]], jax.Array]
+from lora_jax.prompts.encoders import encoded
+from lora_jax.prompts.sizes import keys_and_values, sizes_of, without_prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,6 @@ class Prompted:
     model: Model
     params: dict[str, Any]
     length: int
-    encode: Encode
     keys_values: bool
 
     @property
@@ -64,11 +63,11 @@ class Prompted:
         mask: jax.Array | None = None,
     ) -> jax.Array:
         """`ids` [B, T] -> what the output head reads [B, T, D]."""
-        base, prompt = _base(params), self.encode(params["prompt"])
+        base, prompt = without_prompt(params), self.encode(params["prompt"])
         x, n = self.model.embed(base, ids), self.length
         positions = None if positions is None else n + positions
         if self.keys_values:
-            prefix = self._layers(prompt)
+            prefix = keys_and_values(prompt, sizes_of(self.model))
             return self.model.trunk(base, x, positions, mask, prefix)
         x = jnp.concatenate([_rows(prompt, len(ids)), x.astype(_wide(x))], axis=1)
         if positions is not None:
@@ -80,7 +79,7 @@ class Prompted:
 
     def logits(self, params: Mapping[str, Any], hidden: jax.Array) -> jax.Array:
         """`hidden` [..., D] -> float32 logits [..., V]."""
-        return self.model.logits(_base(params), hidden)
+        return self.model.logits(without_prompt(params), hidden)
 
     def decode(
         self, params: Mapping[str, Any], ids: jax.Array, cache: Any, mask: jax.Array | None = None
@@ -88,48 +87,35 @@ class Prompted:
         """As `Model.decode`, for `generate`; a fresh cache gets the virtual tokens first."""
         if self.length:
             cache = jax.lax.cond(cache.slot == 0, lambda: self._begun(params, cache), lambda: cache)
-        return self.model.decode(_base(params), ids, cache, mask)
+        return self.model.decode(without_prompt(params), ids, cache, mask)
 
     def init_cache(self, batch: int, length: int) -> Any:
         """An empty cache for `batch` rows of at most `length` tokens beside the virtual ones."""
         return self.model.init_cache(batch, self.length + length)
 
+    def encode(self, prompt: Mapping[str, Any]) -> jax.Array:
+        """The virtual tokens that the parameters `prompt` stand for."""
+        return encoded(prompt, self.keys_values)
+
     def exported(self, params: Mapping[str, Any]) -> Prompted:
         """What stays after training: these parameters with the encoder's outputs in its place."""
         made = {**params, "prompt": {"embedding": self.encode(params["prompt"])}}
-        return replace(self, params=made, encode=as_they_are)
-
-    def _layers(self, prompt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of every layer, [L, n, K, d]."""
-        config = self.model.config
-        heads = (config.num_key_value_heads, config.head_dim)
-        pairs = prompt.reshape(self.length, config.num_hidden_layers, 2, *heads)
-        keys, values = jnp.transpose(pairs, (2, 1, 0, 3, 4))
-        return keys, values
+        return replace(self, params=made)
 
     def _begun(self, params: Mapping[str, Any], cache: Any) -> Any:
         """A cache that has seen the virtual tokens."""
         batch, n, prompt = cache.lengths.shape[0], self.length, self.encode(params["prompt"])
         if not self.keys_values:
-            return self.model.advance(_base(params), _rows(prompt, batch), cache)[1]
+            return self.model.advance(without_prompt(params), _rows(prompt, batch), cache)[1]
+        made = keys_and_values(prompt, sizes_of(self.model))
         keys, values = (
             old.at[:, :, :n].set(new.astype(old.dtype)[:, None])
-            for old, new in zip((cache.keys, cache.values), self._layers(prompt), strict=True)
+            for old, new in zip((cache.keys, cache.values), made, strict=True)
         )
         moved = {"lengths": cache.lengths + n, "slot": cache.slot + n}
         return cache._replace(
             keys=keys, values=values, valid=cache.valid.at[:, :n].set(True), **moved
         )
-
-
-def as_they_are(prompt: Mapping[str, Any]) -> jax.Array:
-    """The virtual tokens themselves, without an encoder."""
-    return prompt["embedding"]
-
-
-def _base(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the model without virtual tokens."""
-    return {name: value for name, value in params.items() if name != "prompt"}
 
 
 def _rows(prompt: jax.Array, batch: int) -> jax.Array:

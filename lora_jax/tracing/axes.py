@@ -66,6 +66,36 @@ class View(NamedTuple):
         return (*((atom,) for atom in self.stack), self.ins, self.outs)
 
 
+class Window(NamedTuple):
+    """How the rows of a convolution's matrix are made of its input channels and its window."""
+
+    ins: tuple[Atom, ...]
+    channels: tuple[Atom, ...]
+    places: Dims
+
+    @property
+    def c_in(self) -> int:
+        """The number of input channels of one group."""
+        return size_of(self.channels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The window's sizes, in the order of the operation's spatial axes."""
+        return tuple(size_of(axis) for axis in self.places)
+
+    def rows(self, array: jax.Array) -> jax.Array:
+        """`[c_in * prod(shape), k]`, the channels outermost, in the order of the kernel's rows.
+
+        >>> kernel = View((3, 2, 5), (), whole((3, 2, 5))[0] + whole((3, 2, 5))[1], ())
+        >>> window = Window(kernel.ins, kernel.ins[1:], (kernel.ins[:1],))
+        >>> window.rows(jnp.arange(6)[:, None])[:, 0].tolist()
+        [0, 3, 1, 4, 2, 5]
+        """
+        column = (Atom(-1, 1, array.shape[1]),)
+        array = array.reshape(self.c_in, *self.shape, -1)
+        return regroup(array, (self.channels, *self.places, column), (self.ins, column))
+
+
 def whole(shape: Sequence[int]) -> Dims:
     """The dims of a parameter in its own layout: one whole atom an axis."""
     return tuple((Atom(axis, 1, size),) for axis, size in enumerate(shape))

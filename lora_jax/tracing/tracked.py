@@ -296,6 +296,7 @@ class Use(NamedTuple):
     ins: tuple[Atom, ...]
     outs: tuple[Atom, ...]
     position: int  # which operand the parameter is
+    window: Dims = ()  # of a convolution: the input channels, and each axis of its window
 
 
 class Handler(Protocol):

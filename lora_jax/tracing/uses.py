@@ -57,7 +57,8 @@ def _convolution(eqn: Any, position: int, tracked: Tracked) -> Use | None:
     if parts is None:
         return None
     stack, outs = parts
-    return Use("conv", stack, _atoms(dims, ins), axes.in_order(outs), 1)
+    window = tuple(dims[i] for i in ins)
+    return Use("conv", stack, _atoms(dims, ins), axes.in_order(outs), 1, window)
 
 
 def _ragged_dot(eqn: Any, position: int, tracked: Tracked) -> Use | None:

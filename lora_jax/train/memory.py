@@ -1,5 +1,8 @@
 """The most memory the process has held so far."""
 
+import contextlib
+import ctypes
+import gc
 import sys
 from pathlib import Path
 
@@ -10,7 +13,7 @@ try:
 except ImportError:  # Windows has no such module
     resource = None
 
-_STATUS = Path("/proc/self/status")
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_memory() -> float | None:
@@ -36,3 +39,14 @@ def process_peak() -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def restart_peak() -> None:
+    """Let `process_peak` count from now on, where the system can (Linux).
+
+    What the program has freed goes back to the system first.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # the C library keeps it otherwise
+        _CLEAR.write_text("5")  # 5: the peak of resident memory (man 5 proc)

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from experiments import opening
+from experiments.run import check as check_run
 from experiments.run import finetune
+from experiments.settings import resolve
 from lora_jax import methods
 from lora_jax.errors import InputError
 
@@ -98,3 +100,9 @@ def test_every_method_by_config(name, config, tmp_path):
 def test_what_makes_no_sense_is_refused(changes, message, config, tmp_path):
     with pytest.raises(InputError, match=message):
         run(config, tmp_path / "run", **changes)
+
+
+def test_a_task_without_text_or_images_has_no_virtual_tokens():
+    settings = resolve({"task": "sequences", "prompt": {"name": "prefix_tuning"}})
+    with pytest.raises(InputError, match="'sequences' reads neither"):
+        check_run(settings)

@@ -56,6 +56,20 @@ def test_a_head_learns_to_tell_pictures_apart(config, tmp_path, capsys):
     assert (tmp_path / "run" / "adapter").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("prompt", "count"),
+    [
+        ({"name": "prompt_tuning", "deep": True}, 3 * 5 * 12),
+        ({"name": "prefix_tuning"}, 6 * 5 * 12),
+    ],
+)
+def test_virtual_tokens_learn_beside_the_head(prompt, count, config, tmp_path):
+    config["prompt"], config["train"]["steps"] = {**prompt, "length": 5}, 2
+    result = finetune(config, tmp_path / "run")
+    assert sorted(result.outcome.trained) == ["head/bias", "head/kernel", "prompt/embedding"]
+    assert result.parameters == count + 2 * 12 * 10 + 10
+
+
 def test_batches_depend_on_seed_and_step_alone(config):
     task = TASKS["images"](resolve(config))
     batch = task.batches(3)

@@ -61,6 +61,19 @@ def test_a_head_learns_on_one_domain_and_is_measured_on_all(config, tmp_path):
     assert after["amazon_accuracy"] == 1.0
 
 
+@pytest.mark.parametrize("name", ["prompt_tuning", "prefix_tuning"])
+def test_virtual_tokens_learn_beside_the_head(name, config, tmp_path):
+    config["prompt"] = {"name": name, "length": 3}
+    config["train"]["steps"] = 2
+    result = finetune(config, tmp_path / "run")
+    assert sorted(result.outcome.trained) == ["head/bias", "head/kernel", "prompt/embedding"]
+    kept = json.loads((tmp_path / "run" / "adapter" / "lora_jax.json").read_text())
+    assert kept["provenance"]["prompt"]["length"] == 3
+    config["prompt"]["length"] = 13
+    with pytest.raises(InputError, match="are longer than the model's context of 16"):
+        finetune(config, tmp_path / "other")
+
+
 def test_the_dev_split_is_of_the_trained_domain_alone(config):
     config["evaluate"]["split"] = "dev"
     config["data"]["domain"] = "tweets"

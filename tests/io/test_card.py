@@ -52,7 +52,7 @@ def test_the_front_matter_is_what_the_hub_reads():
         "pipeline_tag": "text-generation",
         "license": "apache-2.0",
         "language": "en",
-        "tags": ["lora", "lora_jax", "peft", "sentiment"],
+        "tags": ["lora_jax", "peft", "sentiment"],
     }
 
 

@@ -81,9 +81,50 @@ def test_a_convolution_under_dora(tmp_path):
 
 def test_methods_for_linear_kernels_alone_are_refused_on_convolutions(tmp_path):
     params, sites = conv_base()
-    frozen, trained = lj.attach(jax.random.key(0), params, {"conv/kernel": lj.loha(rank=2)}, sites)
-    with pytest.raises(InputError, match=r"PEFT's LOHA has no loha on 'conv', which is conv"):
+    frozen, trained = lj.attach(jax.random.key(0), params, {"conv/kernel": lj.hra(rank=2)}, sites)
+    with pytest.raises(InputError, match=r"PEFT's HRA has no hra on 'conv', which is conv"):
         save_peft(tmp_path / "x", frozen, trained, base_name="x", names=CONV_NAMES)
+
+
+DROPOUT = {"rank_dropout": 0.25, "module_dropout": 0.125}
+ON_WINDOWS = {
+    "loha": lj.loha(2, 3, **DROPOUT),
+    "loha with cores": lj.loha(2, 3, effective_conv=True),
+    "lokr": lj.lokr(1, 3, factor=2, **DROPOUT, rank_dropout_scale=True),
+    "lokr with cores": lj.lokr(1, 3, effective_conv=True, decompose_both=True),
+}
+
+
+@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize("name", ON_WINDOWS)
+def test_updates_of_other_forms_on_convolutions(name, noted, tmp_path):
+    (params, sites), method = conv_base(), ON_WINDOWS[name]
+    frozen, trained = lj.attach(jax.random.key(0), params, {".*": method}, sites)
+    trained = jax.tree.map(lambda x: x + 0.3, trained)
+    save_peft(tmp_path / "x", frozen, trained, base_name="x", names=CONV_NAMES, task_type=None)
+    assert ("hada_t1" in str(tensors(tmp_path / "x").keys())) == (name == "loha with cores")
+    assert ("lokr_t2" in str(tensors(tmp_path / "x").keys())) == (name == "lokr with cores")
+    if not noted:
+        (tmp_path / "x" / "lora_jax.json").unlink()
+    again = load_peft(tmp_path / "x", params, sites, names=CONV_NAMES)
+    assert jax.tree.structure(again) == jax.tree.structure((frozen, trained))
+    assert jax.tree.all(jax.tree.map(np.array_equal, again[1], trained))
+    methods = {node.method for node in lj.adapter.adapted(again[0]).values()}
+    assert {m.hyper == method.hyper for m in methods} == {True}
+
+
+def test_a_convolution_in_groups_is_refused(tmp_path):
+    params, x = {"conv": {"kernel": jnp.ones((3, 2, 8))}}, jnp.ones((1, 7, 4))
+
+    def apply(params, x):
+        w, letters = params["conv"]["kernel"], ("NHC", "HIO", "NHC")
+        groups = {"dimension_numbers": letters, "feature_group_count": 2}
+        return jax.lax.conv_general_dilated(x, w, (1,), "SAME", **groups)
+
+    sites = lj.find_sites(apply, params, x)
+    adapter = lj.attach(jax.random.key(0), params, {".*": lj.lora(rank=2)}, sites)
+    with pytest.raises(InputError, match=r"'conv/kernel', a convolution in groups"):
+        save_peft(tmp_path / "x", *adapter, base_name="x", names=CONV_NAMES)
 
 
 def test_a_kernel_that_the_base_stores_the_other_way_round(tmp_path):

@@ -136,6 +136,8 @@ def test_trainable_counts_of_a_worked_stack(name):
 
 
 def test_further_counts():
+    assert counted(lokr(rank=1), 24, 20) == 4 * 4 + (6 + 5)
+    assert counted(lokr(rank=3), 24, 20) == 4 * 4 + 6 * 5
     assert 24 * counted(vera(), 1024, 1024) + 24 * counted(vera(), 1024, 1024) == 61_440
     assert 4 * 5 + counted(vblora(rank=2, **SMALL_BANK), 12, 8) == 70
     assert counted(miss(rank=4, mini_rank=2), 12, 8) == 8

@@ -6,7 +6,6 @@ we wrote it, lora_jax.json: the exact methods by path, and which base they belon
 
 import json
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from safetensors.numpy import load_file, save
 from lora_jax import tree
 from lora_jax.adapter import Adapted, Trained, adapted, is_adapted
 from lora_jax.errors import InputError
-from lora_jax.io.card import Card, model_card
+from lora_jax.io.card import Card, model_card, versions
 from lora_jax.io.folder import read_json
 from lora_jax.io.peft import fill, keys, notes
 from lora_jax.io.peft.config import check_config, check_module, kind_of, methods_in
@@ -80,14 +79,15 @@ def save_peft(
         task_type=task_type,
         tensors=tensors,
     )
-    known = notes.notes_of(nodes, provenance or {}, _version("lora-jax"))
+    known = notes.notes_of(nodes, provenance or {}, versions().get("lora_jax"))
     rows, facts = notes.rows(nodes), _facts(frozen, trained, card, provenance)
-    facts["tags"] = [*facts.get("tags", ()), *sorted({m.name for m in methods.values()} - {"full"})]
+    used = {method.name for method in methods.values()} - {"full"}
+    facts["tags"] = [*facts.get("tags", ()), kind.peft_type.lower(), *used]
     files = {
         CONFIG: _json(config),
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
         NOTES: _json(known),
-        README: model_card(base_name, rows, facts).encode(),
+        README: model_card(base_name, rows, facts, task_type=task_type).encode(),
     }
     return swap_folder(folder, files)
 
@@ -234,23 +234,15 @@ def _facts(
     nodes = adapted(frozen)
     plain = [leaf for path, leaf in tree.flatten(frozen, is_adapted).items() if path not in nodes]
     base = tree.count(plain) + sum(tree.count(node.frozen.get("w", ())) for node in nodes.values())
-    versions = {"lora_jax": _version("lora-jax"), "jax": _version("jax")}
     known = {
         "base": provenance.get("source"),
         "base_sha256": provenance.get("fingerprint"),
         "trainable": ours,
         "total": base + ours,
-        "versions": {name: version for name, version in versions.items() if version},
+        "versions": versions(),
     }
     facts = {name: value for name, value in known.items() if value is not None}
     return cast(Card, {**facts, **(card or {})})
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return None
 
 
 def _json(value: Any) -> bytes:

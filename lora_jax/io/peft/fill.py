@@ -54,6 +54,7 @@ def by_module(modules: Modules, nodes: Mapping[str, Adapted]) -> tuple[dict[str,
     Raises InputError where a module's parts are trained in a way that PEFT has not.
     """
     methods, biases = {}, set()
+    _check_groups(nodes)
     for name, module in modules.items():
         parts = {a: method_at(nodes.get(path), module) for a, path in module.leaves.items()}
         present = {attribute: method.name for attribute, method in parts.items() if method}
@@ -66,6 +67,17 @@ def by_module(modules: Modules, nodes: Mapping[str, Adapted]) -> tuple[dict[str,
         if (method := parts.get("weight")) or whole:
             methods[name] = method or full()
     return methods, biases
+
+
+def _check_groups(nodes: Mapping[str, Adapted]) -> None:
+    """Raise InputError for convolutions in groups, which PEFT's adapters treat as one kernel."""
+    for path, node in nodes.items():
+        if node.site is not None and "groups" in node.site.stacks:
+            raise InputError(
+                f"{node.method!r} on '{path}', a convolution in groups: here each group has an "
+                "adapter of its own, in PEFT's format all have one; use save_adapter, or leave it "
+                "out"
+            )
 
 
 def _check_parts(
@@ -217,6 +229,7 @@ def attached(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of how they start, which is overwritten
         frozen, trained = attach(jax.random.key(0), params, rules, sites)
+    _check_groups(adapted(frozen))
     layers = {module.stem: module.layer for module in modules.values()}
     read: dict[str, dict[int | None, Values]] = {path: {} for path in choices}
     for key, (path, part) in entries.items():

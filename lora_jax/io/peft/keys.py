@@ -15,7 +15,7 @@ from lora_jax.io.peft.match import Config, saved_whole
 from lora_jax.io.peft.module import PREFIX, Module, Shape, order_of
 
 _OWN = (  # further types' arrays, by name
-    r"vera_lambda_[bd]|vera_[AB]|hada_w\d_[ab]|lokr_w\d(?:_[ab])?|ia3_l|vblora_\w+|randlora_\w+|"
+    r"vera_lambda_[bd]|vera_[AB]|hada_w\d_[ab]|(?:hada|lokr)_t\d|lokr_w\d(?:_[ab])?|ia3_l|vblora_\w+|randlora_\w+|"
     r"miss_block|fourierft_spectrum|hra_u|boft_[Rs]|lora_E"
 )
 _INFIX = (  # an adapter's own name inside a key, as older files and raw state dicts have it

@@ -107,6 +107,7 @@ def _any(method: Method) -> bool:
 _TRAINING = {
     *("dropout", "init", "freeze_a", "active_experts", "share", "detach_norm", "d_initial"),
     *("seed", "projection", "zero", "bank_bound", "logits_std", "strict", "bases"),
+    *("rank_dropout", "rank_dropout_scale", "module_dropout"),
 }
 
 
