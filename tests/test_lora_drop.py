@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tables import slow_but
 
 import lora_jax as lj
 from lora_jax.lora_drop import importance, importance_from, lora_drop, selection
@@ -76,7 +77,7 @@ def inputs_of(frozen, trained, batch):
     }
 
 
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("masked", slow_but([True, False], [True]))
 @pytest.mark.parametrize("method", [lj.lora(rank=2, alpha=3.0), lj.lora(rank=3, freeze_a=True)])
 def test_both_forms_of_the_score_are_the_sum_over_tokens(method, masked):
     frozen, trained = moved({".*": method})

@@ -14,7 +14,7 @@ import lora_jax as lj
 from lora_jax.testing import quick
 
 METHODS = (lj.lora(rank=2, alpha=3.0), lj.dora(rank=2, alpha=3.0))
-drawn = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+drawn = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 
 
 class Site(NamedTuple):

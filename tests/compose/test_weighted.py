@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from many_kernels import IDS, KERNELS, PARAMS, SITES, adapter, apply, change, close, total
+from tables import slow_but
 
 import lora_jax as lj
 from lora_jax.compose import METHODS, weighted_sum
@@ -67,7 +68,7 @@ def three():
     return [first, second, third]
 
 
-@pytest.mark.parametrize("method", ["cat", "svd"])
+@pytest.mark.parametrize("method", slow_but(["cat", "svd"], ["cat"]))
 def test_sums_that_are_exact(method):
     pairs = three()
     made = weighted_sum(pairs, WEIGHTS, method, rank=99 if method == "svd" else None)

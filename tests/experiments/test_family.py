@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tables import slow_but
 
 from experiments import opening
 from experiments.run import check as check_run
@@ -45,10 +46,6 @@ USUAL = ("adalora", "lora_drop", "qlora", "prompt", "init eva")
 
 def keys(changes):
     return {key.replace(".", "__"): value for key, value in changes.items()}
-
-
-def slow_but(names, usual):
-    return [pytest.param(n, marks=() if n in usual else pytest.mark.slow) for n in names]
 
 
 def run(config, folder, **changes):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from peft_bases import adapter, base, base_folder, distance, params_and_sites, same
+from tables import slow_but
 
 import lora_jax as lj
 from lora_jax import methods
@@ -191,7 +192,7 @@ def config_in(folder):
     return json.loads((folder / "adapter_config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", slow_but(TYPES, ("ADALORA", "OFT", "VERA")))
 def test_there_and_back_as_another_type(kind, tmp_path):
     frozen, trained = adapter(TYPES[kind])
     again = there_and_back(tmp_path / "x", frozen, trained)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tables import slow_but
 
 import lora_jax as lj
 from lora_jax.io.native import load_adapter, save_adapter
@@ -111,8 +112,9 @@ OPTIONS = [
     {"projection": "sparse", "global_": True},
     {"reference_gradient": True},
 ]
-each = pytest.mark.parametrize("options", OPTIONS, ids=str)
-some = pytest.mark.parametrize("options", [OPTIONS[i] for i in (2, 3, 5, 6)], ids=str)
+USUAL = [OPTIONS[i] for i in (2, 6)]
+each = pytest.mark.parametrize("options", slow_but(OPTIONS, USUAL), ids=str)
+some = pytest.mark.parametrize("options", slow_but(OPTIONS[2:7], USUAL), ids=str)
 
 
 def moved(trained, size=0.3):
@@ -192,7 +194,7 @@ def test_the_reference_gradient_is_smaller_by_the_padded_size():
     np.testing.assert_allclose(grads[0], 32 * grads[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("projection", ["fastfood", "dense", "sparse"])
+@pytest.mark.parametrize("projection", slow_but(["fastfood", "dense", "sparse"], ["sparse"]))
 def test_all_columns_together_have_unit_length(projection):
     method = intrinsic(9, projection=projection, global_=True)
     params = {"w": jnp.zeros((40, 50)), "v": jnp.zeros((30, 20)), "b": jnp.zeros(3)}

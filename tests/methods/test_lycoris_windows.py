@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tables import slow_but
 
 import lora_jax as lj
 from lora_jax.io.native import load_adapter, save_adapter
@@ -66,7 +67,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(LAYOUTS, ("OIHW",)))
 @pytest.mark.parametrize("name", METHODS)
 def test_a_convolution_under_its_definition(name, layout):
     (method, by_hand), (apply, params, x, sites) = METHODS[name], convolution(layout)
@@ -173,7 +174,7 @@ UNEQUAL = {
 }
 
 
-@pytest.mark.parametrize("name", UNEQUAL)
+@pytest.mark.parametrize("name", slow_but(UNEQUAL, ("lokr, cores",)))
 def test_layers_of_unequal_rank_share_a_stack(name):
     layers = UNEQUAL[name]
     shape = (20, 20) if "cores" not in name else (3, 20, 20)

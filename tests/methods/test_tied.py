@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tables import slow_but
 
 import lora_jax as lj
 from lora_jax.io.native import load_adapter, save_adapter
@@ -77,7 +78,7 @@ def test_fresh_merged_and_factored_agree(name):
     assert np.abs(y - apply(params, X)).max() > 0.1
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", slow_but(RULES, ("mixed",)))
 def test_the_gradient_of_a_shared_pair_is_the_sum_over_its_layers(name):
     frozen, trained = moved(RULES[name])
     plain, copies = untied(frozen, trained)

@@ -113,6 +113,7 @@ def test_the_backward_pass_keeps_no_kernel(method):
     assert not [x.shape for x in floats if x.size >= W.size]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "tied"), [("none", True), ("full", False)])
 def test_scanned_layers_keep_no_kernel_either(remat, tied):
     model = tiny_llama.model(tie_word_embeddings=tied)

@@ -36,7 +36,7 @@ def factorisations(draw, size):
 
 
 @given(layouts())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_atoms_tell_where_every_element_went(layout):
     shape, changes = layout
     leaf = np.arange(math.prod(shape)).reshape(shape)
