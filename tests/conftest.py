@@ -4,7 +4,6 @@ Programs are compiled with few optimisations, which takes less than half the tim
 them asks for all, by `compiled_as_users_do`.
 """
 
-import gc
 import os
 from importlib import metadata
 
@@ -16,9 +15,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-
-gc.set_threshold(100_000)  # a process comes to hold gigabytes; its sweeps took a twentieth
-
 
 @pytest.fixture
 def key():
